@@ -1,0 +1,234 @@
+"""The arithmetic of quantization. Training, calibration, packing and verification all call these functions.
+
+Shapes: x is (R, C); scale and offset are (R/r, C/c) where (r, c) is the block. All arithmetic is float32, whatever
+the dtype of x; results are cast to the dtype of x last.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.scheme import STORED, Block, QuantSpec, check_block
+
+PORTABLE_MIN, PORTABLE_MAX = 2.0**-14, 65280.0  # float16's smallest normal; the largest bfloat16 below its maximum
+
+
+class QParams(NamedTuple):
+    """One block's grid: scale and offset (each (R/r, C/c)) in their stored dtypes; a zero point is int32.
+
+    exact_scale, exact_offset: the float32 values before they were rounded for storage, kept only where the spec's
+    `divide` asks for them.
+    """
+
+    scale: Tensor
+    offset: Tensor | None = None
+    exact_scale: Tensor | None = None
+    exact_offset: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """Codes (R, C) in the spec's storage dtype with everything needed to read them.
+
+    value = scale * (code - offset) for an integer zero point, scale * code + offset for a floating one.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    spec: QuantSpec
+
+    def to(self, device: torch.device | str) -> "QTensor":
+        offset = None if self.offset is None else self.offset.to(device)
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), offset=offset)
+
+
+def tile(x: Tensor, block: Block) -> Tensor:
+    """(R, C) -> (R/r, C/c, r, c). Raises ValueError if the block does not divide the shape."""
+    r, c = check_block((x.shape[0], x.shape[1]), block)
+    return x.reshape(x.shape[0] // r, r, x.shape[1] // c, c).transpose(1, 2)
+
+
+def untile(x: Tensor) -> Tensor:
+    """(R/r, C/c, r, c) -> (R, C)."""
+    nr, nc, r, c = x.shape
+    return x.transpose(1, 2).reshape(nr * r, nc * c)
+
+
+def round_to(y: Tensor, rounding: str, qmin: int) -> Tensor:
+    """Integers nearest to y (float32) under the named rule of `QuantSpec.rounding`."""
+    if rounding == "half_even":
+        return y.round()
+    if rounding == "toward_zero":
+        return y.trunc()
+    if rounding == "half_up":  # ggml adds 8.5 and truncates: the sum is rounded to float32, on purpose
+        return (y + (0.5 - qmin)).floor() + qmin
+    whole = y.trunc()  # half away from zero, as C's roundf: adding 0.5 would round 0.49999997 up
+    return whole + torch.where((y - whole).abs() >= 0.5, y.sign(), torch.zeros_like(y))
+
+
+class _Codes(torch.autograd.Function):
+    """round(clamp(y)), with the gradient of y wherever qmin - edge <= y <= qmax + edge and zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, low: Tensor | float, high: Tensor | float, spec: QuantSpec, edge: float) -> Tensor:
+        ctx.save_for_backward((y >= low - edge) & (y <= high + edge))
+        # the bounds are integers, so clamping before rounding gives the same codes as after
+        return round_to(y.clamp(low, high), spec.rounding, spec.type.qmin)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None, None, None
+
+
+class _Store(torch.autograd.Function):
+    """Round to the stored dtype and come back to float32; the gradient passes unchanged, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, dtype: str) -> Tensor:
+        return store_scale(value, dtype).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def store_scale(value: Tensor, dtype: str) -> Tensor:
+    """A float32 scale as it will be stored: its magnitude at least the dtype's smallest normal number."""
+    target = STORED[dtype]
+    tiny = PORTABLE_MIN if dtype == "portable" else torch.finfo(target).tiny
+    sign = torch.where(value < 0, -1.0, 1.0)
+    clamped = torch.where(value.abs() < tiny, sign * tiny, value)  # NaN passes, to be reported by check_qparams
+    return store_offset(clamped, dtype)
+
+
+def store_offset(value: Tensor, dtype: str) -> Tensor:
+    """A float32 number in the stored dtype; "portable" goes through bfloat16 (overflow gives an infinity)."""
+    if dtype != "portable":
+        return value.to(STORED[dtype])
+    rounded = value.to(torch.bfloat16)
+    return torch.where(rounded.abs() > PORTABLE_MAX, rounded * torch.inf, rounded).to(torch.float16)
+
+
+def store_ste(value: Tensor, dtype: str) -> Tensor:
+    """float32 -> the float32 value of the stored scale, with an identity gradient (for learned scales)."""
+    stored: Tensor = _Store.apply(value, dtype)  # pyright: ignore[reportAssignmentType]
+    return stored
+
+
+def block_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """(low, high), each (R/r, C/c) float32: what `qparams_from_range` needs to know of each block of x."""
+    t = tile(x.float(), spec.block)
+    if spec.range != "signed_max":
+        return t.amin((-1, -2)), t.amax((-1, -2))
+    flat = t.flatten(-2)
+    first = flat.abs().argmax(-1, keepdim=True)  # of equal magnitudes the first decides the sign, as in ggml
+    extreme = flat.gather(-1, first).squeeze(-1)
+    return extreme, extreme
+
+
+def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
+    """The grid of a block that spans low..high (each (R/r, C/c) float32). A block of zeros gets scale 1."""
+    q = spec.type
+    offset: Tensor | None = None
+    if spec.range == "absmax":
+        scale = torch.maximum(high, -low) / q.qmax
+    elif spec.range == "absmax_half":
+        scale = torch.maximum(high, -low) / ((q.qmax - q.qmin) / 2)
+    elif spec.range == "signed_max":
+        scale = torch.where(high > -low, high, low) / q.qmin
+    elif spec.range == "minmax":
+        if spec.offset == "zero_point":  # 0.0 must be a code
+            low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        scale, offset = (high - low) / (q.qmax - q.qmin), low
+    else:
+        scale, offset = _mlx(low, high, q.qmax)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    stored = store_scale(scale, spec.scale)
+    exact = None if spec.divide.startswith("stored") else scale
+    if offset is None:
+        return QParams(stored, None, exact)
+    if spec.offset == "zero_point":
+        zero = q.qmin - (offset / stored.float()).round()
+        return QParams(stored, zero.nan_to_num(0.0).clamp(q.qmin, q.qmax).to(torch.int32), exact)
+    if spec.range == "minmax":
+        offset = offset - scale * q.qmin if q.qmin else offset
+    return QParams(stored, store_offset(offset, str(spec.offset)), exact, None if exact is None else offset)
+
+
+def _mlx(low: Tensor, high: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
+    """MLX's affine rule: the edge of larger magnitude is exactly representable, and so is zero (mlx `quantize`)."""
+    scale = ((high - low) / qmax).clamp(min=1e-7)
+    low_wins = low.abs() > high.abs()
+    scale = torch.where(low_wins, scale, -scale)
+    edge = torch.where(low_wins, low, high)
+    q0 = (edge / scale).round()
+    scale = torch.where(q0 != 0, edge / q0, scale)
+    return scale, torch.where(q0 != 0, edge, torch.zeros_like(edge))
+
+
+def choose_qparams(x: Tensor, spec: QuantSpec) -> QParams:
+    """The grid that the spec's range rule gives x (R, C)."""
+    return qparams_from_range(*block_range(x, spec), spec)
+
+
+def _spread(t: Tensor) -> Tensor:
+    return t[..., None, None]
+
+
+def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.5) -> Tensor:
+    """x (R, C) -> tiled float32 codes, differentiable: the gradient passes straight through the rounding.
+
+    edge: how far beyond qmin..qmax, in steps, a value still gets a gradient. 0.5 covers every value that rounds to a
+    code (so the clipped extreme of an absmax_half block keeps training); 0 is LSQ's hard edge.
+    """
+    q = spec.type
+    scale = qparams.scale.float() if qparams.exact_scale is None else qparams.exact_scale
+    y = tile(x.float(), spec.block)
+    low: Tensor | float = q.qmin
+    high: Tensor | float = q.qmax
+    zero: Tensor | None = None
+    if spec.offset == "zero_point":
+        assert qparams.offset is not None
+        zero = _spread(qparams.offset.float())
+        low, high = low - zero, high - zero
+    elif spec.offset is not None:
+        exact = qparams.exact_offset if qparams.exact_offset is not None else qparams.offset
+        assert exact is not None
+        y = y - _spread(exact.float())
+    y = y * _spread(1.0 / scale) if spec.divide.endswith("inverse") else y / _spread(scale)
+    codes: Tensor = _Codes.apply(y, low, high, spec, edge)  # pyright: ignore[reportAssignmentType]
+    return codes if zero is None else codes + zero
+
+
+def from_codes(codes: Tensor, scale: Tensor, offset: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """Tiled codes -> values (R, C) in `dtype`, computed in float32 and cast last."""
+    if offset is None:
+        y = codes.float() * _spread(scale.float())
+    elif spec.offset == "zero_point":
+        y = (codes.float() - _spread(offset.float())) * _spread(scale.float())
+    else:
+        y = codes.float() * _spread(scale.float()) + _spread(offset.float())
+    return untile(y).to(dtype)
+
+
+def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.5) -> Tensor:
+    """x (R, C) -> the values its codes stand for, in x's dtype; bit-equal to dequantize(quantize(x))."""
+    return from_codes(to_codes(x, qparams, spec, edge), qparams.scale, qparams.offset, spec, x.dtype)
+
+
+def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
+    """x (R, C) -> codes. Raises ValueError if x or its grid is not finite."""
+    if not (torch.isfinite(qparams.scale).all() and torch.isfinite(x).all()):
+        raise ValueError(f"the tensor or its {spec.scale} scales are not finite: NaN, infinity, or an overflow")
+    codes = untile(to_codes(x.detach(), qparams, spec)).to(spec.type.storage)
+    offset = qparams.offset
+    return QTensor(codes, qparams.scale.detach(), None if offset is None else offset.detach(), spec)
+
+
+def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values (R, C) of a quantized tensor."""
+    return from_codes(tile(q.codes, q.spec.block), q.scale, q.offset, q.spec, dtype)

@@ -1,0 +1,85 @@
+"""Writing so that nothing half-written ever looks complete: temporary sibling, flush, rename; and manifests."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qat.errors import VerifyError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `path`; on success it replaces `path`, on any error it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    temp.mkdir()
+    try:
+        yield temp
+        for file in temp.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        if path.exists():
+            old = temp.with_suffix(".old")
+            path.rename(old)
+            temp.rename(path)
+            shutil.rmtree(old)
+        else:
+            temp.rename(path)
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+
+
+def atomic_write(path: Path, content: str | bytes) -> None:
+    """Replace one file as a whole."""
+    temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        temp.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush(temp)
+        temp.replace(path)
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
+    """Write manifest.json: `extra` and, under "files", the SHA-256 and size of every other file in the folder."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+    entries = {str(f.relative_to(folder)): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
+    (folder / MANIFEST).write_text(json.dumps({**extra, "files": entries}, indent=1, sort_keys=True))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, every file it lists checked. Raises VerifyError naming the first file that is missing or differs."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        files: dict[str, dict[str, Any]] = manifest["files"]
+    except (OSError, ValueError, KeyError) as e:
+        raise VerifyError(f"{folder / MANIFEST} is missing or unreadable ({e}); the folder cannot be trusted") from e
+    for name, entry in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise VerifyError(f"{file} is listed in the manifest but missing")
+        if sha256(file) != entry["sha256"]:
+            raise VerifyError(f"{file} is not the file in the manifest: its SHA-256 differs")
+    return manifest

@@ -1,0 +1,165 @@
+"""What the numbers are: sets of codes, how one tensor is quantized, and which layers get which. Imports nothing of qat.
+
+A value is `scale * (code - zero_point)`, or `scale * code + offset` with a floating offset; one scale (and offset)
+per block. Every other file reads these dataclasses; none of them decides anything about the numbers itself.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+Block = tuple[int, int]  # (rows, cols) that share one scale; -1 = the whole axis
+
+RANGES = ("absmax", "absmax_half", "signed_max", "minmax", "mlx")
+ROUNDINGS = ("half_even", "half_away", "half_up", "toward_zero")
+DIVISORS = ("stored", "exact", "stored_inverse", "exact_inverse")
+STORED: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "portable": torch.float16,  # rounded to bfloat16 inside float16's normal range: exact in both
+}
+
+
+@dataclass(frozen=True)
+class QType:
+    """A set of codes: the integers qmin..qmax, kept unpacked in `storage`."""
+
+    name: str
+    bits: int
+    qmin: int
+    qmax: int
+    storage: torch.dtype
+
+
+def _integer(bits: int, signed: bool) -> QType:
+    low = -(2 ** (bits - 1)) if signed else 0
+    name = f"{'' if signed else 'u'}int{bits}"
+    return QType(name, bits, low, low + 2**bits - 1, torch.int8 if signed else torch.uint8)
+
+
+QTYPES: dict[str, QType] = {t.name: t for t in (_integer(b, s) for b in range(2, 9) for s in (True, False))}
+
+
+def _check(what: str, value: object, allowed: "tuple[str, ...] | dict[str, Any]") -> None:
+    if value not in allowed:
+        raise ValueError(f"{what} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How one tensor (R, C) is quantized.
+
+    qtype     the codes, by name ("int4", "uint8", ...).
+    block     (rows, cols) sharing a scale: (-1, -1) tensor, (1, -1) channel (or token, for activations flattened to
+              rows), (1, 32) group, (16, 16) 2-D block.
+    range     from the block's values to its scale: "absmax" max|x| / qmax; "absmax_half" max|x| / half the code range
+              (7.5 for int4: torchao, compressed-tensors); "signed_max" the signed extreme / qmin (ggml Q4_0; the
+              scale may be negative); "minmax" (max - min) / (qmax - qmin); "mlx" min-max with the larger edge exact.
+    rounding  of x / scale; "half_up" is ggml's floor(y - qmin + 0.5) + qmin, the sum rounded to float32.
+    divide    what x is divided by: the "stored" scale, the "exact" (unrounded) one, or a product with the float32
+              reciprocal of either ("stored_inverse": torchao; "exact_inverse": ggml).
+    scale     the dtype in which scales are stored; "portable" is exact in float16 and in bfloat16.
+    offset    None (symmetric), "zero_point" (an integer code that stands for 0.0), or the stored dtype of a floating
+              offset.
+    Raises ValueError for a name that does not exist or a combination that has no meaning.
+    """
+
+    qtype: str
+    block: Block = (1, -1)
+    range: str = "absmax"
+    rounding: str = "half_even"
+    divide: str = "stored"
+    scale: str = "portable"
+    offset: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", tuple(self.block))
+        _check("qtype", self.qtype, QTYPES)
+        _check("range", self.range, RANGES)
+        _check("rounding", self.rounding, ROUNDINGS)
+        _check("divide", self.divide, DIVISORS)
+        _check("scale", self.scale, STORED)
+        if self.offset is not None and self.offset != "zero_point":
+            _check("offset", self.offset, STORED)
+        if len(self.block) != 2 or any(type(n) is not int or n == 0 or n < -1 for n in self.block):
+            raise ValueError(f"block is {self.block!r}; it must be two integers, each positive or -1 (the whole axis)")
+        if self.range in ("minmax", "mlx") and self.offset is None:
+            raise ValueError(f"range {self.range!r} needs an offset: 'zero_point' or a stored dtype")
+        if self.range not in ("minmax", "mlx") and self.offset is not None:
+            raise ValueError(f"range {self.range!r} is symmetric and takes no offset; use range 'minmax'")
+        if self.range == "mlx" and (self.offset == "zero_point" or self.type.qmin != 0):
+            raise ValueError("range 'mlx' needs an unsigned qtype and a floating offset")
+        if self.offset is None and self.type.qmin == 0:
+            raise ValueError(f"{self.qtype} has no negative codes: a symmetric grid needs a signed qtype")
+
+    @property
+    def type(self) -> QType:
+        return QTYPES[self.qtype]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "block": list(self.block)}
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> "QuantSpec":
+        return cls(**{**d, "block": tuple(d["block"])})
+
+    def label(self) -> str:
+        """Short text for tables: `int4 (1, 32) absmax portable`."""
+        parts = [self.qtype, f"({self.block[0]}, {self.block[1]})", self.range, self.scale]
+        return " ".join(parts + ([f"+{self.offset}"] if self.offset else []))
+
+
+def check_block(shape: tuple[int, int], block: Block) -> tuple[int, int]:
+    """The block with -1 resolved against `shape` (R, C). Raises ValueError if it does not divide the shape."""
+    r, c = (shape[i] if block[i] == -1 else block[i] for i in (0, 1))
+    if shape[0] % r or shape[1] % c:
+        raise ValueError(f"shape {tuple(shape)} is not divisible by block {tuple(block)}")
+    return r, c
+
+
+def bits_per_weight(spec: QuantSpec, shape: tuple[int, int]) -> float:
+    """Stored bits for each element of a (R, C) tensor: codes, scales and offsets."""
+    r, c = check_block(shape, spec.block)
+    extra = STORED[spec.scale].itemsize * 8
+    if spec.offset == "zero_point":
+        extra += spec.type.bits
+    elif spec.offset is not None:
+        extra += STORED[spec.offset].itemsize * 8
+    return spec.type.bits + extra / (r * c)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How one layer is quantized. `input=None` leaves activations in floating point.
+
+    static: the input's range is observed during calibration and then fixed; otherwise it is taken from each batch.
+    """
+
+    weight: QuantSpec | None = None
+    input: QuantSpec | None = None
+    static: bool = False
+
+    def __post_init__(self) -> None:
+        if self.static and (self.input is None or self.input.block != (-1, -1)):
+            raise ValueError("static: true needs an input spec with block (-1, -1): one range for the whole tensor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Which layers get a scheme. `path` and `type` are regular expressions that must match the whole module path
+    and the whole class name; the first rule that matches a layer decides. `scheme=None` leaves it in floating point.
+
+    share: layers of one parent matched by this rule share one static input range ("input"), as a runtime with fused
+    q/k/v or gate/up projections needs.
+    """
+
+    path: str = ".*"
+    type: str = ".*"
+    scheme: Scheme | None = field(default=None)
+    share: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.share not in (None, "input"):
+            raise ValueError(f"share is {self.share!r}; it must be 'input' or absent")
