@@ -1,0 +1,1 @@
+"""Training: Lightning modules, callbacks, sampler and optimiser groups."""

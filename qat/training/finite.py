@@ -1,0 +1,58 @@
+"""Stops at the first non-finite loss or gradient and says where it came from and what to do."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from qat.errors import UserError
+
+REMEDY = "lower optimizer.lr, lengthen optimizer.warmup_steps, or set trainer.precision=32-true"
+
+
+class StopOnNonFinite(pl.Callback):
+    """Checks each loss, and the gradients before each optimiser step (a bad step would spoil all weights)."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Raise UserError if the loss is not finite."""
+        if not torch.isfinite(outputs["loss"]):
+            layer = first_non_finite(pl_module, batch)
+            raise UserError(f"the loss became {outputs['loss'].item()} at step {trainer.global_step}: {layer}; {REMEDY}")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Raise UserError if a gradient is not finite; fp16's loss scaler deals with those itself."""
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
+        named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
+        if torch.isfinite(torch.nn.utils.get_total_norm([gradient for _, gradient in named])):
+            return
+        bad = next((name for name, gradient in named if not torch.isfinite(gradient).all()), "the norm overflows")
+        raise UserError(f"a gradient became non-finite at step {trainer.global_step}: first in {bad}; {REMEDY}")
+
+
+@torch.no_grad()
+def first_non_finite(module: pl.LightningModule, batch: Any) -> str:
+    """Runs the batch again and names the first parameter or layer output that is not finite."""
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"the weights of {name} are not finite"
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                found.append(f"first non-finite output in layer {name} ({type(layer).__name__})")
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in module.named_modules() if name]
+    try:
+        module.training_step(batch, 0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "no layer's output is non-finite, so it is the loss itself"
