@@ -1,0 +1,196 @@
+"""Audit: before any work, every parameter of a model as quantized or left, why, and whether the plan can be carried out.
+
+Refusals are UserErrors: a rule that matches nothing, a block that does not divide a shape, tied weights with two
+schemes, a grid that a requested export cannot hold.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from qat.errors import UserError
+from qat.modules import LAYERS, full_name
+from qat.scheme import QuantSpec, Rule, bits_per_weight
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter. shape: its own; matrix: (out, in), what is cut into blocks. module: the owning module's path.
+    tied: the parameter that holds the same tensor and is listed first, or "". rule: index of the rule that decided."""
+
+    name: str
+    module: str
+    kind: str
+    shape: tuple[int, ...]
+    matrix: tuple[int, int]
+    spec: QuantSpec | None
+    rule: int | None
+    tied: str
+    reason: str
+
+    @property
+    def numel(self) -> int:
+        return 0 if self.tied else int(self.matrix[0] * self.matrix[1])
+
+    @property
+    def bits(self) -> float:
+        """Stored bits for each weight; floats are counted as float32."""
+        return 32.0 if self.spec is None else bits_per_weight(self.spec, self.matrix)
+
+
+@dataclass(frozen=True)
+class Audit:
+    rows: list[Row]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights when packed: what a file holds besides its tokenizer and header."""
+        return int(sum(r.numel * r.bits for r in self.rows) / 8)
+
+    @property
+    def float_nbytes(self) -> int:
+        return sum(r.numel * 4 for r in self.rows)
+
+    def training_nbytes(self) -> int:
+        """Bytes that float32 weights, gradients and AdamW's two moments need; activations come on top."""
+        return 4 * self.float_nbytes
+
+    def coverage(self) -> list[dict[str, Any]]:
+        """The report's `coverage`: name, shape, scheme, reason of every parameter."""
+        return [
+            {
+                "name": r.name,
+                "shape": list(r.shape),
+                "scheme": r.spec.label() if r.spec else "float",
+                "reason": r.reason,
+            }
+            for r in self.rows
+        ]
+
+
+def _match(rules: Sequence[Rule], path: str, kind: str) -> int | None:
+    for i, rule in enumerate(rules):
+        if re.fullmatch(rule.path, path) and re.fullmatch(rule.type, kind):
+            return i
+    return None
+
+
+def _matrix(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    if len(shape) < 2:
+        return 1, shape[0] if shape else 1
+    if kind == "Conv1D":
+        return shape[1], shape[0]
+    rest = 1
+    for n in shape[1:]:
+        rest *= n
+    return shape[0], rest
+
+
+def audit(
+    model: nn.Module, rules: Sequence[Rule], *, targets: Sequence[str] = (), config: dict[str, Any] | None = None
+) -> Audit:
+    """What `prepare` would do to `model`, checked against the exporters of `targets`.
+
+    Raises UserError as listed above, naming the parameter and the nearest thing that works.
+    """
+    rows: list[Row] = []
+    first: dict[int, Row] = {}
+    used: set[int] = set()
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        known = full_name(module) in LAYERS
+        index = _match(rules, path, kind) if known else None
+        if index is not None:
+            used.add(index)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{leaf}" if path else leaf
+            shape = tuple(parameter.shape)
+            spec = None
+            if leaf != "weight":
+                reason = "a bias stays in floating point" if leaf == "bias" else f"not a weight matrix of {kind}"
+            elif not known:
+                reason = f"{kind} is not a layer that can be quantized"
+            elif index is None:
+                reason = "no rule matches it"
+            else:
+                scheme = rules[index].scheme
+                spec = scheme.weight if scheme else None
+                reason = f"rule {index + 1}" if spec else f"rule {index + 1} leaves it"
+            row = Row(name, path, kind, shape, _matrix(kind, shape), spec, index, "", reason)
+            holder = first.setdefault(id(parameter), row)
+            if holder is not row:
+                row = _tie(holder, row)
+            rows.append(row)
+    _refuse_unused(rules, used, model)
+    _refuse_shapes(rows)
+    for target in targets:
+        _refuse_target(rows, target, config or {})
+    if rules and not any(r.spec for r in rows):
+        raise UserError("no parameter is quantized: every rule leaves what it matches in floating point")
+    return Audit(_resolve_ties(rows))
+
+
+def _tie(holder: Row, row: Row) -> Row:
+    fields = {**row.__dict__, "tied": holder.name, "reason": f"tied to {holder.name}"}
+    return Row(**fields)
+
+
+def _resolve_ties(rows: list[Row]) -> list[Row]:
+    """One grid for one tensor: tied parameters take the holder's scheme, and two different schemes are refused."""
+    schemes: dict[str, Row] = {}
+    for row in rows:
+        key = row.tied or row.name
+        if row.spec is None:
+            continue
+        other = schemes.setdefault(key, row)
+        if other.spec != row.spec:
+            raise UserError(
+                f"{other.name} and {row.name} are one tied tensor but get two schemes ({other.spec.label()} and "  # pyright: ignore[reportOptionalMemberAccess]
+                f"{row.spec.label()}); give both the same scheme, or untie them in the model"
+            )
+    out = []
+    for row in rows:
+        decided = schemes.get(row.tied or row.name)
+        if decided is not None and row.spec is None:
+            reason = row.reason if row.tied else f"tied to {decided.name}"
+            row = Row(**{**row.__dict__, "spec": decided.spec, "rule": decided.rule, "reason": reason})
+        out.append(row)
+    return out
+
+
+def _refuse_unused(rules: Sequence[Rule], used: set[int], model: nn.Module) -> None:
+    for i, rule in enumerate(rules):
+        if i in used:
+            continue
+        kinds = sorted({type(m).__name__ for m in model.modules() if full_name(m) in LAYERS})
+        raise UserError(
+            f"rule {i + 1} (path {rule.path!r}, type {rule.type!r}) decides nothing in this model, whose quantizable "
+            f"layers are of type {', '.join(kinds) or 'none'}; correct or remove the rule (an earlier one may win)"
+        )
+
+
+def _refuse_shapes(rows: list[Row]) -> None:
+    for row in rows:
+        if row.spec is None:
+            continue
+        try:
+            bits_per_weight(row.spec, row.matrix)
+        except ValueError as e:
+            cols, want = row.matrix[1], row.spec.block[1]
+            fits = max((b for b in range(1, abs(want) + 1) if cols % b == 0), default=cols)
+            raise UserError(
+                f"{row.name}: {e}; the nearest block that fits is (1, {fits}), or (1, -1) for one scale a row, "
+                "or leave this layer in floating point with a rule"
+            ) from e
+
+
+def _refuse_target(rows: list[Row], target: str, config: dict[str, Any]) -> None:
+    refuse = import_module(f"qat.export.{target}").refuse
+    for row in rows:
+        why = refuse(row.name, row.kind, row.shape, row.spec, config)
+        if why:
+            raise UserError(f"export to {target}: {row.name} (shape {tuple(row.shape)}): {why}")

@@ -1,0 +1,184 @@
+"""prepare: a float model becomes one that trains with fake-quantized layers. convert: its codes are decided, once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.affine import quantize
+from qat.audit import audit
+from qat.errors import UserError
+from qat.frozen import Frozen, FrozenInput, FrozenWeight
+from qat.modules import quantized_class
+from qat.modules.base import QuantLayer
+from qat.observers.base import Observer
+from qat.observers.minmax import MinMaxObserver
+from qat.quantizers.base import FakeQuantize
+from qat.quantizers.minmax import MinMax
+from qat.quantizers.observed import Observed
+from qat.scheme import QuantSpec, Rule, Scheme
+
+WeightQuantizer = Callable[[QuantSpec, Tensor], FakeQuantize]
+
+
+def prepare(
+    model: nn.Module,
+    rules: Sequence[Rule],
+    *,
+    weight: WeightQuantizer = MinMax,
+    observer: Callable[[], Observer] = MinMaxObserver,
+) -> nn.Module:
+    """Replace, in place, every layer that a rule gives a scheme; returns the model.
+
+    Call it before the optimiser is made and before a checkpoint is loaded: learned scales are parameters. Weights
+    keep their names and their identity. weight(spec, tensor (out, in)) makes the weight quantizers; observer() the
+    ranges of static inputs. Raises UserError as `audit` does, or if the model is prepared already.
+    """
+    if any(isinstance(m, QuantLayer) for m in model.modules()):
+        raise UserError("this model is prepared already; prepare a float model, once")
+    shared: dict[int, FakeQuantize] = {}  # one quantizer for each tied tensor
+    inputs: dict[tuple[str, int], FakeQuantize] = {}
+    for row in audit(model, rules).rows:
+        if row.rule is None or not row.name.endswith("weight") or row.spec is None and not rules[row.rule].scheme:
+            continue
+        rule = rules[row.rule]
+        scheme = rule.scheme or Scheme()
+        parent, _, leaf = row.module.rpartition(".")
+        layer = model.get_submodule(row.module)
+        cls = quantized_class(layer)
+        quantizer = None
+        if row.spec is not None:
+            tensor: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
+            if id(tensor) not in shared:
+                shared[id(tensor)] = _weight(weight, row.name, row.spec, cls.canonical(tensor.detach()))  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+            quantizer = shared[id(tensor)]
+        taken = None
+        if scheme.input is not None and row.kind != "Embedding":
+            key = (parent, row.rule) if rule.share == "input" else (row.module, row.rule)
+            if key not in inputs:
+                inputs[key] = Observed(scheme.input, observer) if scheme.static else MinMax(scheme.input)
+            taken = inputs[key]
+        device = next(layer.parameters()).device
+        new = cls.from_float(layer, quantizer, taken).to(device)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        setattr(model.get_submodule(parent), leaf, new)
+    return model
+
+
+def _weight(factory: WeightQuantizer, name: str, spec: QuantSpec, tensor: Tensor) -> FakeQuantize:
+    try:
+        quantizer = factory(spec, tensor)
+        quantizer.quantize(tensor)  # refuses NaN and scales that overflow, before any training
+    except ValueError as e:
+        raise UserError(f"{name}: {e}") from e
+    return quantizer
+
+
+def fake_quantizers(model: nn.Module) -> dict[str, FakeQuantize]:
+    """Every quantizer of a prepared model, by path; shared ones once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FakeQuantize)}
+
+
+def set_fake_quant(model: nn.Module, enabled: bool) -> None:
+    """Turn simulated quantization on or off everywhere (delayed quantization; the float arm of a comparison)."""
+    for quantizer in fake_quantizers(model).values():
+        quantizer.enabled = enabled
+
+
+def _observed(model: nn.Module) -> dict[str, Observed]:
+    return {n: q for n, q in fake_quantizers(model).items() if isinstance(q, Observed)}
+
+
+def freeze_observers(model: nn.Module) -> None:
+    """Fix every static range; training no longer moves it. Raises UserError if one has never seen a batch."""
+    for name, quantizer in _observed(model).items():
+        if int(quantizer.batches) == 0:
+            raise UserError(f"{name} has never seen a batch: calibrate before freezing, on at least one batch")
+        quantizer.active.fill_(False)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Let every static range see `batches`, with fake-quantization off. forward(model, batch) runs the model.
+
+    Raises UserError for an empty calibration set, a layer that no batch reached, or an activation that is not finite.
+    """
+    observed = _observed(model)
+    if not observed:
+        return
+    if len(batches) == 0:
+        raise UserError("the calibration set is empty: static ranges need at least one batch (calibration.batches)")
+    states = {name: q.enabled for name, q in fake_quantizers(model).items()}
+    training = model.training
+    model.eval()
+    set_fake_quant(model, False)
+    for q in observed.values():
+        q.calibrating = True
+    try:
+        for batch in batches:
+            forward(model, batch)
+    finally:
+        for q in observed.values():
+            q.calibrating = False
+        for name, q in fake_quantizers(model).items():
+            q.enabled = states[name]
+        model.train(training)
+    for name, q in observed.items():
+        if int(q.batches) == 0:
+            raise UserError(f"calibration never reached {name}: no batch passed through its layer")
+
+
+@torch.no_grad()
+def convert(
+    model: nn.Module, *, config: dict[str, Any] | None = None, tokenizer: dict[str, bytes] | None = None
+) -> Frozen:
+    """Decide the codes of every quantized parameter of a prepared model; the rest is kept as it is.
+
+    config defaults to the model's own `config.to_dict()` if it has one. Raises UserError naming the tensor if one
+    is not finite, or if nothing is prepared.
+    """
+    weights: dict[str, FrozenWeight] = {}
+    inputs: dict[str, FrozenInput] = {}
+    names = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    owners: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, QuantLayer):
+            continue
+        name = f"{path}.weight" if path else "weight"
+        if layer.weight_quantizer is not None and id(layer.weight) not in owners:
+            matrix = layer.canonical(layer.weight.detach())
+            try:
+                tensor = quantize(matrix, layer.weight_quantizer.qparams(matrix), layer.weight_quantizer.spec)
+            except ValueError as e:
+                raise UserError(f"{name}: {e}") from e
+            weights[name] = FrozenWeight(tensor, layer.kind, tuple(layer.weight.shape))
+            owners[id(layer.weight)] = name
+        if layer.input_quantizer is not None:
+            inputs[path] = _input(layer.input_quantizer)
+    if not weights and not inputs:
+        raise UserError("nothing to convert: the model has no fake-quantized layer; call prepare first")
+    floats: dict[str, Tensor] = {}
+    skip = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, FakeQuantize))
+    for name, p in names.items():
+        if name.startswith(skip) or name in weights:
+            continue
+        if id(p) in owners:
+            ties[name] = owners[id(p)]
+        else:
+            owners[id(p)] = name
+            floats[name] = p.detach().cpu().clone()
+    persistent = model.state_dict()
+    for name, b in model.named_buffers():
+        if name in persistent and not name.startswith(skip):
+            floats[name] = b.detach().cpu().clone()
+    if config is None and hasattr(model, "config"):
+        config = model.config.to_dict()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    return Frozen(weights, floats, inputs, ties, config or {}, tokenizer or {})
+
+
+def _input(q: FakeQuantize) -> FrozenInput:
+    if isinstance(q, Observed):
+        offset = None if q.offset is None else q.offset.detach().clone()
+        return FrozenInput(q.spec, True, q.scale.detach().clone(), offset)
+    return FrozenInput(q.spec, False)

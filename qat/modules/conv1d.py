@@ -1,0 +1,21 @@
+"""GPT-2's Conv1D, a linear layer stored as (in, out), with a fake-quantized weight and input.
+
+Blocks run along `in`, as in every runtime, so the weight is quantized as its transpose.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from qat.modules.base import QuantLayer
+
+
+class QuantConv1D(QuantLayer, Conv1D):  # pyright: ignore[reportIncompatibleVariableOverride]
+    kind = "Conv1D"
+
+    @staticmethod
+    def canonical(weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)

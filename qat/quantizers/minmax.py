@@ -1,0 +1,18 @@
+"""MinMax: the grid is derived from the tensor itself on every step. Weights, and dynamic activations."""
+
+from torch import Tensor
+
+from qat.affine import QParams, choose_qparams
+from qat.quantizers.base import FakeQuantize
+from qat.scheme import QuantSpec
+
+
+class MinMax(FakeQuantize):
+    """Stateless. tensor: ignored; every weight quantizer is constructed as `factory(spec, tensor)`."""
+
+    def __init__(self, spec: QuantSpec, tensor: Tensor | None = None) -> None:
+        super().__init__(spec)
+        self.row_local = spec.block[0] == 1
+
+    def qparams(self, x: Tensor) -> QParams:
+        return choose_qparams(x.detach(), self.spec)
