@@ -1,4 +1,4 @@
-"""Audit: before any work, every parameter of a model as quantized or left, why, and whether the plan can be carried out.
+"""Audit: before any work, every parameter of a model as quantized or left, and why; refuses what cannot be done.
 
 Refusals are UserErrors: a rule that matches nothing, a block that does not divide a shape, tied weights with two
 schemes, a grid that a requested export cannot hold.

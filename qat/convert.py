@@ -40,7 +40,7 @@ def prepare(
     shared: dict[int, FakeQuantize] = {}  # one quantizer for each tied tensor
     inputs: dict[tuple[str, int], FakeQuantize] = {}
     for row in audit(model, rules).rows:
-        if row.rule is None or not row.name.endswith("weight") or row.spec is None and not rules[row.rule].scheme:
+        if row.rule is None or not row.name.endswith("weight") or (row.spec is None and not rules[row.rule].scheme):
             continue
         rule = rules[row.rule]
         scheme = rule.scheme or Scheme()

@@ -70,7 +70,7 @@ def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, every file it lists checked. Raises VerifyError naming the first file that is missing or differs."""
+    """The manifest, every file it lists checked. Raises VerifyError naming the first that is missing or differs."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         files: dict[str, dict[str, Any]] = manifest["files"]

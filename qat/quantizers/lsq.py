@@ -1,4 +1,4 @@
-"""LSQ (Esser et al., arXiv:1902.08153): the scale is a parameter. Its gradient falls out of the straight-through code."""
+"""LSQ (Esser et al., arXiv:1902.08153): the scale is a parameter, its gradient that of the straight-through code."""
 
 import math
 
