@@ -1,0 +1,163 @@
+"""GGUF, for llama.cpp: GPT-2 and the Llama family with Q4_0 and Q8_0 weights, tokenizer included.
+
+Codes and stored scales are packed as they are; norms, biases, positions and unquantized weights stay floating point.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
+from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH_NAMES
+from gguf.quants import quant_shape_to_byte_shape
+from torch import Tensor
+
+from qat.affine import QTensor
+from qat.errors import UserError, VerifyError
+from qat.export.gguf_blocks import QTYPES, TYPES, pack, refuse_grid, unpack
+from qat.export.gguf_models import (
+    FAMILIES,
+    extra_tensors,
+    n_layers,
+    names,
+    read_config,
+    refuse_model,
+    row_order,
+    write_metadata,
+)
+from qat.export.gguf_tokenizer import write_tokenizer
+from qat.frozen import Frozen, FrozenWeight
+from qat.scheme import QuantSpec
+
+FILE = "model.gguf"
+_CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
+
+
+def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
+    """Why GGUF cannot hold this parameter (a Hugging Face name), and what to do; None if it can."""
+    if reason := refuse_model(config):
+        return reason
+    known = names(config["model_type"], n_layers(config))
+    if name not in known:
+        return f"llama.cpp's {config['model_type']} has no tensor for {name}"
+    if spec is None:
+        return None
+    if len(shape) != 2 or name == "transformer.wpe.weight":
+        return f"llama.cpp keeps {name} in floating point; leave it out of the rules"
+    return refuse_grid(spec)
+
+
+def _name(config: dict[str, Any]) -> str:
+    """`general.name`: the config's own `name` if there is one, else where the model came from."""
+    name = str(config.get("name") or config.get("_name_or_path") or config["model_type"])
+    # transformers tells Mistral from Llama by this name alone
+    return f"{name} (mistral)" if config["model_type"] == "mistral" and "mistral" not in name.lower() else name
+
+
+def _file_type(frozen: Frozen) -> LlamaFileType:
+    """By what most quantized weights are, as llama.cpp itself labels files."""
+    sizes = {q: sum(w.tensor.codes.numel() for w in frozen.weights.values() if w.tensor.spec.qtype == q) for q in TYPES}
+    if not any(sizes.values()):
+        return LlamaFileType.ALL_F32
+    return LlamaFileType.MOSTLY_Q4_0 if sizes["int4"] >= sizes["int8"] else LlamaFileType.MOSTLY_Q8_0
+
+
+def _float_array(name: str, value: Tensor) -> np.ndarray:
+    """float16 matrices stay float16 (llama.cpp then computes in it); everything else is float32, which is exact."""
+    keep = value.dtype == torch.float16 and value.ndim == 2 and name != "transformer.wpe.weight"
+    value = value if keep else value.float()
+    return (value.t() if name.endswith(_CONV1D) else value).contiguous().numpy()
+
+
+def export(frozen: Frozen, path: Path) -> None:
+    """Write `path`/model.gguf. Raises UserError for a model, grid or tokenizer that GGUF cannot hold."""
+    config = frozen.config
+    for name, w in frozen.weights.items():
+        if reason := refuse(name, w.kind, w.shape, w.tensor.spec, config):
+            raise UserError(f"{name}: {reason}")
+    for name, value in frozen.floats.items():
+        if reason := refuse(name, "", tuple(value.shape), None, config):
+            raise UserError(f"{name}: {reason}")
+    family = FAMILIES[config["model_type"]]
+    table = names(config["model_type"], n_layers(config))
+    embedding = {**frozen.floats, **{n: w.tensor.codes for n, w in frozen.weights.items()}}[family.embedding]
+
+    writer = GGUFWriter(path / FILE, MODEL_ARCH_NAMES[family.arch])
+    writer.add_name(_name(config))
+    writer.add_file_type(_file_type(frozen))
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    write_metadata(writer, config)
+    write_tokenizer(writer, frozen.tokenizer, config, embedding.shape[0])
+
+    # all tensors are announced first, then packed and written one by one: no second copy of the model in memory
+    floats = {**frozen.floats, **extra_tensors(config)}
+    for name, value in floats.items():
+        array = _float_array(name, value)
+        writer.add_tensor_info(table.get(name, name), array.shape, array.dtype, array.nbytes)
+    for name, w in frozen.weights.items():
+        ggml = TYPES[w.tensor.spec.qtype]
+        shape = quant_shape_to_byte_shape(w.tensor.codes.shape, ggml)
+        writer.add_tensor_info(table[name], shape, np.dtype(np.uint8), math.prod(shape), ggml)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, value in floats.items():
+        writer.write_tensor_data(_float_array(name, _reordered(value, row_order(name, config))))
+    for name, w in frozen.weights.items():
+        order = row_order(name, config)
+        codes, scale = _reordered(w.tensor.codes, order), _reordered(w.tensor.scale, order)
+        writer.write_tensor_data(pack(codes, scale, w.tensor.spec.qtype))
+    writer.close()
+
+
+def _reordered(value: Tensor, order: Tensor | None) -> Tensor:
+    return value if order is None else value[order]
+
+
+def read(path: Path) -> Frozen:
+    """A GGUF file (or a folder with model.gguf) -> codes, stored scales and floats under Hugging Face names.
+
+    The tokenizer is not turned back into a tokenizer.json; `config` holds what the metadata says. Raises VerifyError
+    if the file cannot be read or has a tensor that we never write.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        reader = GGUFReader(file)
+        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+        config = read_config(fields)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise VerifyError(f"{file} is not a GGUF file that this export wrote: {error!r}") from error
+    table = {to: name for name, to in names(config["model_type"], n_layers(config)).items()}
+    derived = {"rope_freqs.weight"}
+    frozen = Frozen({}, {}, config=config)
+    for tensor in reader.tensors:
+        if tensor.name in derived:
+            continue
+        if tensor.name not in table:
+            raise VerifyError(f"{file}: unknown tensor {tensor.name}")
+        name = table[tensor.name]
+        order = row_order(name, config)
+        back = None if order is None else order.argsort()
+        if tensor.tensor_type in QTYPES:
+            frozen.weights[name] = _read_weight(name, tensor.data, QTYPES[tensor.tensor_type], back)
+        elif tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            value = _reordered(torch.from_numpy(np.array(tensor.data)), back)
+            frozen.floats[name] = value.t().contiguous() if name.endswith(_CONV1D) else value
+        else:
+            raise VerifyError(f"{file}: {tensor.name} is {tensor.tensor_type.name}, which this export never writes")
+    if "output.weight" not in {t.name for t in reader.tensors}:
+        frozen.ties["lm_head.weight"] = FAMILIES[config["model_type"]].embedding
+    return frozen
+
+
+def _read_weight(name: str, data: np.ndarray, qtype: str, back: Tensor | None) -> FrozenWeight:
+    codes, scale = unpack(data, qtype)
+    tensor = QTensor(
+        _reordered(codes, back), _reordered(scale, back), None, QuantSpec(qtype=qtype, block=(1, 32), scale="float16")
+    )
+    if name.endswith(_CONV1D):
+        return FrozenWeight(tensor, "Conv1D", (codes.shape[1], codes.shape[0]))
+    kind = "Embedding" if name.endswith(("wte.weight", "embed_tokens.weight")) else "Linear"
+    return FrozenWeight(tensor, kind, tuple(codes.shape))
