@@ -1,4 +1,4 @@
-"""Stops at the first non-finite loss or gradient and says where it came from and what to do."""
+"""Stops at the first non-finite loss and says which layer it came from and what to do."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ REMEDY = "lower optimizer.lr, lengthen optimizer.warmup_steps, or set trainer.pr
 
 
 class StopOnNonFinite(pl.Callback):
-    """Checks each loss, and the gradients before each optimiser step (a bad step would spoil all weights)."""
+    """Checks each loss; the gradients are checked where they are clipped."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -20,17 +20,9 @@ class StopOnNonFinite(pl.Callback):
         """Raise UserError if the loss is not finite."""
         if not torch.isfinite(outputs["loss"]):
             layer = first_non_finite(pl_module, batch)
-            raise UserError(f"the loss became {outputs['loss'].item()} at step {trainer.global_step}: {layer}; {REMEDY}")
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Raise UserError if a gradient is not finite; fp16's loss scaler deals with those itself."""
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return
-        named = [(name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None]
-        if torch.isfinite(torch.nn.utils.get_total_norm([gradient for _, gradient in named])):
-            return
-        bad = next((name for name, gradient in named if not torch.isfinite(gradient).all()), "the norm overflows")
-        raise UserError(f"a gradient became non-finite at step {trainer.global_step}: first in {bad}; {REMEDY}")
+            raise UserError(
+                f"the loss became {outputs['loss'].item()} at step {trainer.global_step}: {layer}; {REMEDY}"
+            )
 
 
 @torch.no_grad()

@@ -11,19 +11,23 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import Logger
 
+from qat.training.base import Task
+
 Row = dict[str, str]
 
 
 class CsvMetrics(Logger):
-    """Appends rows to `path`; Lightning's own CSV logger would delete the rows of the run that is being resumed."""
+    """Appends rows to `path`, each marked with its arm (qat, control); those already there stay.
 
-    def __init__(self, path: Path) -> None:
+    Lightning's own CSV logger would delete the rows of the run that is being resumed.
+    """
+
+    def __init__(self, path: Path, arm: str) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.arm = path, arm
         self.columns: list[str] = []
-        self.latest: Row = {}
         if path.exists():
-            self._rewrite(self._read())
+            self._read()
 
     @property
     def name(self) -> str:
@@ -40,7 +44,7 @@ class CsvMetrics(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add to the row of `step`; a metric not seen before adds a column."""
-        row = {"step": str(step), **{name: f"{value:.6g}" for name, value in metrics.items()}}
+        row = {"step": str(step), "arm": self.arm, **{name: f"{value:.6g}" for name, value in metrics.items()}}
         new = [name for name in row if name not in self.columns]
         if new:
             rows = self._read() if self.path.exists() else []
@@ -51,9 +55,9 @@ class CsvMetrics(Logger):
                 csv.DictWriter(file, self.columns).writerow(row)
 
     def rewind(self, step: int) -> None:
-        """Forget rows after `step`: a resumed run writes them again."""
+        """Forget this arm's rows after `step`: a resumed run writes them again."""
         if self.path.exists():
-            self._rewrite([row for row in self._read() if int(row["step"]) <= step])
+            self._rewrite([row for row in self._read() if row["arm"] != self.arm or int(row["step"]) <= step])
 
     def _read(self) -> list[Row]:
         with self.path.open(newline="") as file:
@@ -78,44 +82,36 @@ class LogMetrics(pl.Callback):
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self.losses: list[torch.Tensor] = []
-        self.items = 0
-        self.norm: torch.Tensor | None = None
-        self.since = 0.0
+        self.items, self.logged, self.since = 0, 0, 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Drop what an interrupted run wrote after its last checkpoint."""
         self.since = time.perf_counter()
         for logger in trainer.loggers:
             if isinstance(logger, CsvMetrics):
                 logger.rewind(trainer.global_step)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Gradient norm before clipping."""
-        if (trainer.global_step + 1) % self.every_n_steps == 0:
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self.norm = torch.nn.utils.get_total_norm(gradients)
-
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: Task, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One row per `every_n_steps`."""
         self.losses.append(outputs["loss"].detach())
-        self.items += pl_module.items(batch)  # type: ignore[operator]
-        if trainer.global_step % self.every_n_steps or self.norm is None:
+        self.items += pl_module.items(batch)
+        if trainer.global_step % self.every_n_steps or trainer.global_step == self.logged:
             return
         now = time.perf_counter()
         mean = torch.stack(self.losses).float().mean().item() * trainer.accumulate_grad_batches
         row = {
             "train/loss": mean,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "grad_norm": self.norm.item(),
+            "grad_norm": pl_module.grad_norm.item(),
             "items_per_second": self.items / (now - self.since),
         }
         for logger in trainer.loggers:
             logger.log_metrics(row, step=trainer.global_step)
-        self.losses, self.items, self.norm, self.since = [], 0, None, now
+        self.losses, self.items, self.since, self.logged = [], 0, now, trainer.global_step
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """The validation metrics as a row of their own."""
         row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         for logger in trainer.loggers:
