@@ -1,0 +1,199 @@
+"""The Hugging Face hub: one probe of 3 s, then a download, the local cache, a stand-in that was asked for, or an error.
+
+The hub client retries for half a minute without a network, and resumes a breaking transfer for as long as a byte
+arrives. So one request (the listing of the repository, needed anyway) goes through the client's own session, where
+proxies, certificates and HF_ENDPOINT count, without retries; and one file is asked for `TRIES` times at most.
+"""
+
+import queue
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    XetDownloadError,
+)
+from huggingface_hub.utils import get_session, httpx
+
+from qat.errors import UserError
+
+Kind = Literal["model", "dataset"]
+WAIT = 3.0  # seconds for the probe
+TRIES = 4  # requests for one file in one download
+FORGET = 60.0  # seconds for which "unreachable" is remembered, so that model and data do not both wait
+_down: dict[str, tuple[float, str]] = {}
+
+
+class Unreachable(Exception):
+    """The hub gave no answer and the cache does not hold the repository; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """What was asked for, what stands in for it, and why: recorded in the report and told to the user."""
+
+    requested: str
+    used: str
+    reason: str
+
+
+def is_id(path: str) -> bool:
+    """Whether `path` has the form of a hub id, `name` or `owner/name` (which says nothing about its existence)."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path, re.ASCII) is not None
+
+
+def stand_in(
+    requested: str, *, used: str, offline: str, explicit: bool, reason: str, key: str, remedy: str
+) -> Fallback:
+    """The stand-in `used` if `key`.offline names it; else UserError with the reason and `remedy`.
+
+    `explicit` (the user gave the path himself) never falls back: what was asked for by name is not swapped.
+    """
+    check_offline(offline, used, key)
+    if offline == used and not explicit:
+        return Fallback(requested, used, reason)
+    raise UserError(
+        f"{requested} is not in the local cache and the hub ({constants.ENDPOINT}) cannot be reached: {reason}. "
+        f"{remedy}"
+    )
+
+
+def check_offline(offline: str, used: str, key: str) -> None:
+    """Raise UserError unless `offline` is "error" or the name of the stand-in."""
+    if offline not in ("error", used):
+        raise UserError(f"{key}.offline={offline} is not possible; choose error or {used}")
+
+
+def fetch(
+    repo: str, kind: Kind, key: str, *, choose: Callable[[Any], list[str]], complete: Callable[[Path], bool]
+) -> Path:
+    """A local folder with the files of `repo` that match the glob patterns `choose(info)`.
+
+    `info` is the hub's ModelInfo or DatasetInfo. Without a network the cached snapshot counts if `complete(folder)`.
+    Raises Unreachable (no answer, nothing cached) and UserError (unknown or gated repository, download broken off).
+    """
+    try:
+        info = probe(repo, kind, key)
+    except Unreachable:
+        if (folder := cached(repo, kind)) is not None and complete(folder):
+            return folder
+        raise
+    try:
+        with _bounded():
+            return Path(snapshot_download(repo, repo_type=kind, allow_patterns=choose(info)))
+    except (httpx.HTTPError, XetDownloadError, EntryNotFoundError, OSError, RuntimeError) as e:
+        if isinstance(e, HfHubHTTPError) and (refused := _refusal(e, repo, kind, key)):
+            raise refused from e
+        raise UserError(
+            f"the download of {repo} from {constants.ENDPOINT} broke off: {first_line(e)}. "
+            "Nothing half-written is used; run the same command again"
+        ) from e
+
+
+def cached(repo: str, kind: Kind) -> Path | None:
+    """The newest cached snapshot of `repo`, which may lack files; None if there is none. No network."""
+    try:
+        return Path(snapshot_download(repo, repo_type=kind, local_files_only=True, allow_patterns="config.json"))
+    except EntryNotFoundError:
+        return None
+
+
+def probe(repo: str, kind: Kind, key: str) -> Any:
+    """The hub's ModelInfo or DatasetInfo of `repo`, asked for once and for at most WAIT seconds.
+
+    Raises Unreachable if no hub answers, UserError if it answers that the repository is unknown or closed.
+    """
+    since, reason = _down.get(constants.ENDPOINT, (-FORGET, ""))
+    if time.monotonic() - since < FORGET:
+        raise Unreachable(reason)
+    try:
+        return _ask(repo, kind, key)
+    except Unreachable as e:
+        _down[constants.ENDPOINT] = (time.monotonic(), str(e))
+        raise
+
+
+def _ask(repo: str, kind: Kind, key: str) -> Any:
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(HfApi().repo_info(repo, repo_type=kind, timeout=WAIT))
+        except Exception as e:  # raised again by the caller
+            answers.put(e)
+
+    # A thread, because the socket's timeout covers neither the look-up of the name nor a second address.
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        answer = answers.get(timeout=WAIT + 0.3)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+    except (queue.Empty, httpx.TimeoutException) as e:
+        raise Unreachable(f"no answer within {WAIT:g} s") from e
+    except OfflineModeIsEnabled as e:
+        raise Unreachable("HF_HUB_OFFLINE is set") from e
+    except HfHubHTTPError as e:
+        answer = f"{e.response.status_code} {e.response.reason_phrase}"
+        raise _refusal(e, repo, kind, key) or Unreachable(f"the answer was {answer}") from e
+    except (httpx.HTTPError, OSError) as e:
+        raise Unreachable(first_line(e)) from e
+    except (ValueError, TypeError) as e:
+        raise Unreachable("what answered there is not a hub (a login page or a proxy?)") from e
+
+
+def _refusal(error: HfHubHTTPError, repo: str, kind: Kind, key: str) -> UserError | None:
+    """What the user must hear if a hub did answer; None for its own troubles (429, 5xx) and for proxies.
+
+    A hub signs its refusals (X-Error-Code or X-Error-Message); a firewall's bare 403 or 404 means no hub at all.
+    """
+    status, headers = error.response.status_code, error.response.headers
+    signed = "X-Error-Code" in headers or "X-Error-Message" in headers
+    place = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    if isinstance(error, GatedRepoError):
+        return UserError(f"{repo} is gated: accept its terms at {place}, run `hf auth login`, then run this again")
+    if isinstance(error, RepositoryNotFoundError) or (status == 404 and signed):
+        return UserError(
+            f"{key}={repo}: no such folder here, and no such {kind} at {constants.ENDPOINT} "
+            "(if it is private, run `hf auth login` first)"
+        )
+    if status == 401 or (status == 403 and signed):
+        return UserError(f"{place} refused access ({status}): run `hf auth login` with a token that may read it")
+    return None
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Stop a download whose server breaks every transfer: the client alone would resume for ever."""
+    asked: Counter[str] = Counter()
+
+    def count(request: Any) -> None:
+        asked[f"{request.method} {request.url}"] += 1
+        if asked[f"{request.method} {request.url}"] > TRIES:
+            raise ConnectionError(f"the transfer of {request.url.path.rsplit('/', 1)[-1]} stopped {TRIES} times")
+
+    hooks = get_session().event_hooks["request"]
+    hooks.append(count)
+    try:
+        yield
+    finally:
+        if count in hooks:
+            hooks.remove(count)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text without its full stop, for use inside a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

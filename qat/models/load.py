@@ -1,0 +1,190 @@
+"""A causal language model and its tokenizer from the hub, a Hugging Face folder, or the embedded model.
+
+transformers only warns where weights are missing (and draws them at random) or where a tokenizer has no vocabulary
+(and returns an empty one). Here both are errors.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from qat import hub
+from qat.errors import UserError
+
+EMBEDDED = "gpt2_mini"
+ASSETS = Path(__file__).parents[1] / "assets" / EMBEDDED
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # all but weights (in subfolders too: small)
+REMEDY = (
+    "Add model=gpt2_mini for the embedded model, or model.path=FOLDER for one on disk; "
+    "`python train.py recipe=quickstart` needs no network at all"
+)
+
+
+class Loaded(NamedTuple):
+    """`source` is where the weights came from (hub id and commit, folder, or "gpt2_mini")."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+    fallback: hub.Fallback | None
+
+
+def load(
+    path: str | None,
+    *,
+    name: str = "gpt2",
+    dtype: str = "float32",
+    device_map: Any = None,
+    offline: str = "error",
+    explicit: bool = False,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load `path`, a folder or a hub id; None is the embedded model, where `name` asks for it.
+
+    `offline` says what an unreachable hub means: "error", or "gpt2_mini" to use the embedded model, which never
+    happens if the path is `explicit`. `dtype` and `device_map` go to transformers. Raises UserError.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype={dtype} is not possible; choose one of {', '.join(DTYPES)}")
+    hub.check_offline(offline, EMBEDDED, "model")
+    options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    if not path:
+        if name != EMBEDDED:
+            raise UserError(f"model={name} needs model.path: a Hugging Face folder or a hub id")
+        return Loaded(*_embedded(options), EMBEDDED, None)
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return Loaded(*_read(folder, str(folder), options), str(folder), None)
+    if not hub.is_id(path):
+        raise UserError(f"model.path={path}: there is no such folder")
+
+    def choose(info: Any) -> list[str]:
+        return _patterns(info, trust_remote_code)
+
+    try:
+        folder = hub.fetch(path, "model", "model.path", choose=choose, complete=_complete)
+    except hub.Unreachable as e:
+        fallback = hub.stand_in(
+            path, used=EMBEDDED, offline=offline, explicit=explicit, reason=str(e), key="model", remedy=REMEDY
+        )
+        return Loaded(*_embedded(options), EMBEDDED, fallback)
+    return Loaded(*_read(folder, path, options), f"{path}@{folder.name}", None)
+
+
+def _embedded(options: dict[str, Any]) -> tuple[Any, Any]:
+    if not (ASSETS / "config.json").is_file():
+        raise UserError(
+            "the embedded model (qat/assets/gpt2_mini) is missing from this installation; reinstall the package "
+            "or give model.path"
+        )
+    return _read(ASSETS, "the embedded model", options)
+
+
+def _patterns(info: Any, trust_remote_code: bool) -> list[str]:
+    """The files to download: one set of weights, safetensors where there are any; code only if it may run."""
+    names = {sibling.rfilename for sibling in info.siblings or []}
+    if any(n.startswith("model") and n.endswith(".safetensors") for n in names):
+        weights = ["model.safetensors", "model-*.safetensors"]
+    else:
+        weights = ["pytorch_model.bin", "pytorch_model-*.bin"]
+    return FILES + weights + (["*.py"] if trust_remote_code else [])
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        _weights(folder, "")
+    except UserError:
+        return False
+    return (folder / "config.json").is_file()
+
+
+def _weights(folder: Path, label: str) -> list[Path]:
+    """The weight files of a folder, all of them there and each a whole file."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            files = [folder / name]
+        elif index.is_file():
+            files = [folder / n for n in sorted(set(_json(index, label)["weight_map"].values()))]
+        else:
+            continue
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{label} lacks {file.name}, which its index lists; copy or download the folder again")
+            if file.suffix == ".safetensors":
+                try:
+                    with safe_open(file, "pt"):
+                        pass
+                except SafetensorError as e:
+                    raise UserError(
+                        f"{label}: {file.name} is damaged or cut short ({e}); copy or download it again"
+                    ) from e
+        return files
+    raise UserError(f"{label} holds no weights: model.safetensors (or its shards and index) is missing")
+
+
+def _json(file: Path, label: str) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{label}: {file.name} is missing or not valid JSON ({e})") from e
+
+
+def _read(folder: Path, label: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and tokenizer of a complete folder, nothing in them invented."""
+    from transformers import CONFIG_MAPPING
+
+    if not folder.is_dir():
+        raise UserError(f"{label} is a file; model.path needs the folder around it")
+    config = _json(folder / "config.json", label)
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown method")
+        raise UserError(f"{label} is already quantized ({method}); training needs the float model it was made from")
+    if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING and not options["trust_remote_code"]:
+        raise UserError(
+            f"{label} runs its own Python code; read it, then add model.trust_remote_code=true if you trust it"
+        )
+    _weights(folder, label)
+    tokenizer = _tokenizer(folder, label, options["trust_remote_code"])
+    model = _model(folder, label, config, options)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"{label}: the tokenizer knows {len(tokenizer)} ids but the model embeds {rows}; they differ")
+    return model, tokenizer
+
+
+def _model(folder: Path, label: str, config: dict[str, Any], options: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        # Mismatched sizes are let through here only to be named below.
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        kind = config.get("model_type", "none named")
+        raise UserError(f"{label} (model type {kind}) cannot be loaded: {hub.first_line(e)}") from e
+    lost = sorted(found["missing_keys"] | {key for key, *_ in found["mismatched_keys"]})
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(
+            f"{label}: the weights lack {lost[0]}{more}, or have another shape than config.json asks for; "
+            "is it a causal language model, and config.json its own?"
+        )
+    return model
+
+
+def _tokenizer(folder: Path, label: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, TypeError) as e:
+        raise UserError(f"{label}: the tokenizer cannot be loaded ({hub.first_line(e)})") from e
+    names = set(type(tokenizer).vocab_files_names.values())
+    if names and not any((folder / name).is_file() for name in names | {"tokenizer.json"}):
+        raise UserError(f"{label} has no tokenizer: tokenizer.json is missing; copy it from the model's original")
+    return tokenizer
