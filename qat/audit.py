@@ -6,7 +6,7 @@ schemes, a grid that a requested export cannot hold.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -62,12 +62,9 @@ class Audit:
     def coverage(self) -> list[dict[str, Any]]:
         """The report's `coverage`: name, shape, scheme, reason of every parameter."""
         return [
-            {
-                "name": r.name,
-                "shape": list(r.shape),
-                "scheme": r.spec.label() if r.spec else "float",
-                "reason": r.reason,
-            }
+            {"name": r.name, "shape": list(r.shape)}
+            | ({"scheme": r.spec.label()} if r.spec else {})
+            | {"reason": r.reason}
             for r in self.rows
         ]
 
@@ -135,8 +132,7 @@ def audit(
 
 
 def _tie(holder: Row, row: Row) -> Row:
-    fields = {**row.__dict__, "tied": holder.name, "reason": f"tied to {holder.name}"}
-    return Row(**fields)
+    return replace(row, tied=holder.name, reason=f"tied to {holder.name}")
 
 
 def _resolve_ties(rows: list[Row]) -> list[Row]:
@@ -152,12 +148,12 @@ def _resolve_ties(rows: list[Row]) -> list[Row]:
                 f"{other.name} and {row.name} are one tied tensor but get two schemes ({other.spec.label()} and "  # pyright: ignore[reportOptionalMemberAccess]
                 f"{row.spec.label()}); give both the same scheme, or untie them in the model"
             )
-    out = []
+    out: list[Row] = []
     for row in rows:
         decided = schemes.get(row.tied or row.name)
         if decided is not None and row.spec is None:
             reason = row.reason if row.tied else f"tied to {decided.name}"
-            row = Row(**{**row.__dict__, "spec": decided.spec, "rule": decided.rule, "reason": reason})
+            row = replace(row, spec=decided.spec, rule=decided.rule, reason=reason)
         out.append(row)
     return out
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from qat.affine import QTensor, dequantize
@@ -57,10 +57,10 @@ class Frozen:
 
     weights: dict[str, FrozenWeight]
     floats: dict[str, Tensor]
-    inputs: dict[str, FrozenInput] = field(default_factory=dict)
-    ties: dict[str, str] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    inputs: dict[str, FrozenInput] = field(default_factory=dict[str, FrozenInput])
+    ties: dict[str, str] = field(default_factory=dict[str, str])
+    config: dict[str, Any] = field(default_factory=dict[str, Any])
+    tokenizer: dict[str, bytes] = field(default_factory=dict[str, bytes])
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor, flat: `NAME.codes`, `NAME.scale`, `NAME.offset`, floats, and `MODULE.input.scale|offset`."""

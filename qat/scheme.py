@@ -103,7 +103,7 @@ class QuantSpec:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "QuantSpec":
-        return cls(**{**d, "block": tuple(d["block"])})
+        return cls(**d)
 
     def label(self) -> str:
         """Short text for tables: `int4 (1, 32) absmax portable`."""

@@ -1,0 +1,63 @@
+"""What every stage and runtime of a run is measured on, and what the trained model answered there.
+
+Kept as RUN/evaluation.safetensors. Text: `input_ids`, `labels` [n, T] int64, `nll` [n, T-1] (nats of each next
+token), `prompts` [m, L] int64 and `logprobs` [m, V] after each prompt. Classification: `x` [n, ...], `labels` [n],
+`logits` [n, C]. The answers are the fake-quantized model's own, computed in the process that trained it.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.errors import UserError
+
+Evaluated = dict[str, Tensor]
+PROMPTS, PROMPT_TOKENS = 8, 12  # short: one flipped int8 activation code decorrelates everything after it
+
+
+@torch.no_grad()
+def answer_text(model: nn.Module, batch: Evaluated, batch_size: int) -> Evaluated:
+    """The model's negative log-likelihoods on `batch` and its log-probabilities after short prompts (float32)."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    nll: list[Tensor] = []
+    for ids in batch["input_ids"].split(batch_size):
+        ids = ids.to(device)
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        nll.append(nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu())
+    prompts = batch["input_ids"][:PROMPTS, :PROMPT_TOKENS].contiguous()
+    logprobs = model(input_ids=prompts.to(device)).logits[:, -1].float().log_softmax(-1).cpu()
+    model.train(training)
+    return {**batch, "nll": torch.cat(nll), "prompts": prompts, "logprobs": logprobs}
+
+
+@torch.no_grad()
+def answer_images(model: nn.Module, batch: Evaluated) -> Evaluated:
+    """The model's logits on `batch["x"]`."""
+    training = model.training
+    model.eval()
+    logits = model(batch["x"].to(next(model.parameters()).device)).float().cpu()
+    model.train(training)
+    return {**batch, "logits": logits}
+
+
+def save(answers: Evaluated, path: Path) -> None:
+    """Write the file atomically."""
+    temp = path.with_name(f".{path.name}.partial")
+    save_file({k: v.contiguous() for k, v in answers.items()}, temp)
+    temp.replace(path)
+
+
+def load(path: Path) -> Evaluated:
+    """Read the file. Raises UserError if it is not there."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: the run it belongs to has not got as far as evaluation")
+    return load_file(path)
+
+
+def mean_loss(nll: Tensor, labels: Tensor) -> float:
+    """Mean of nll [n, T-1] over the positions whose label [n, T] (unshifted) is not -100, in nats."""
+    return float(nll.double()[labels[:, 1:] != -100].mean())

@@ -1,0 +1,65 @@
+"""Export targets, one file each: `refuse`, `export`, `read` and the RUNTIME that must run the result.
+
+`export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
+one file with those four names, and a YAML in configs/target.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qat.errors import UserError
+from qat.files import MANIFEST, atomic_folder, read_manifest, write_manifest
+from qat.frozen import Frozen
+
+
+def targets() -> list[str]:
+    """The names that `export` takes: the files of this folder that write a target."""
+    found = (p for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+    return sorted(p.stem for p in found if "\ndef refuse(" in p.read_text(encoding="utf-8"))
+
+
+def target_module(target: str) -> ModuleType:
+    """The file of a target. Raises UserError listing those there are."""
+    if target not in targets():
+        raise UserError(f"there is no export target {target!r}; there are {', '.join(targets())}")
+    return import_module(f"qat.export.{target}")
+
+
+def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:
+    """Write `frozen` for `target` as the folder `path`, whole or not at all; returns `path`.
+
+    card: the text of README.md, the model card. Raises UserError for a grid that the target cannot hold.
+    """
+    module = target_module(target)
+    for name, w in frozen.weights.items():
+        why = module.refuse(name, w.kind, w.shape, w.tensor.spec, frozen.config)
+        if why:
+            raise UserError(f"export to {target}: {name} (shape {w.shape}): {why}")
+    path = Path(path)
+    with atomic_folder(path) as folder:
+        module.export(frozen, folder)
+        if card:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        write_manifest(folder, {"kind": "export", "target": target, "tensors": frozen.digests()})
+    return path
+
+
+def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
+    """(target, manifest) of an exported folder or file; the manifest is None where there is none.
+
+    Raises UserError if it is nothing we know, VerifyError if a file does not match its manifest.
+    """
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        return str(manifest.get("target", manifest["kind"])), manifest
+    names = [path.name] if path.is_file() else [p.name for p in folder.iterdir()]
+    for ending, target in ((".gguf", "gguf"), (".onnx", "onnx"), ("config.json", "hf")):
+        if any(n.endswith(ending) for n in names):
+            return target, None
+    raise UserError(f"{path} holds no .gguf, no .onnx and no config.json: give a run, a frozen folder or an export")
