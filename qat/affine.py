@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat.scheme import STORED, Block, QuantSpec, check_block
 
-PORTABLE_MIN, PORTABLE_MAX = 2.0**-14, 65280.0  # float16's smallest normal; the largest bfloat16 below its maximum
+PORTABLE_MIN = 2.0**-14  # float16's smallest normal number
 
 
 class QParams(NamedTuple):
@@ -101,21 +101,38 @@ def store_scale(value: Tensor, dtype: str) -> Tensor:
     target = STORED[dtype]
     tiny = PORTABLE_MIN if dtype == "portable" else torch.finfo(target).tiny
     sign = torch.where(value < 0, -1.0, 1.0)
-    clamped = torch.where(value.abs() < tiny, sign * tiny, value)  # NaN passes, to be reported by check_qparams
+    clamped = torch.where(value.abs() < tiny, sign * tiny, value)  # NaN passes, to be reported by `quantize`
     return store_offset(clamped, dtype)
 
 
 def store_offset(value: Tensor, dtype: str) -> Tensor:
-    """A float32 number in the stored dtype; "portable" goes through bfloat16 (overflow gives an infinity)."""
-    if dtype != "portable":
-        return value.to(STORED[dtype])
-    rounded = value.to(torch.bfloat16)
-    return torch.where(rounded.abs() > PORTABLE_MAX, rounded * torch.inf, rounded).to(torch.float16)
+    """A float32 number in the stored dtype; "portable" goes through bfloat16 (overflow gives an infinity).
+
+    torch.compile keeps intermediate results in float32 and drops casts to a narrower dtype and back, so there the
+    rounding is spelled out in integers, and the casts that may be dropped are exact.
+    """
+    if torch.compiler.is_compiling():
+        if dtype in ("portable", "bfloat16"):
+            value = _keep_bits(value, 16)
+        if dtype in ("portable", "float16"):
+            subnormal = (value * 2.0**24).round() * 2.0**-24
+            value = torch.where(value.abs() < 2.0**-14, subnormal, _keep_bits(value, 13))
+            value = torch.where(value.abs() > 65504.0, value * torch.inf, value)
+    elif dtype == "portable":
+        value = value.to(torch.bfloat16)
+    return value.to(STORED[dtype])
+
+
+def _keep_bits(value: Tensor, drop: int) -> Tensor:
+    """A float32 rounded half-even to a significand without its last `drop` bits; NaN and infinities pass."""
+    bits = value.view(torch.int32)
+    rounded = (bits + (2 ** (drop - 1) - 1) + ((bits >> drop) & 1)) & -(2**drop)
+    return torch.where(value.isnan(), value, rounded.view(torch.float32))
 
 
 def store_ste(value: Tensor, dtype: str) -> Tensor:
     """float32 -> the float32 value of the stored scale, with an identity gradient (for learned scales)."""
-    stored: Tensor = _Store.apply(value, dtype)  # pyright: ignore[reportAssignmentType]
+    stored: Tensor = _Store.apply(value, dtype)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportAssignmentType]
     return stored
 
 
@@ -146,16 +163,16 @@ def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
         scale, offset = (high - low) / (q.qmax - q.qmin), low
     else:
         scale, offset = _mlx(low, high, q.qmax)
+    if offset is not None and spec.range == "minmax" and spec.offset != "zero_point":
+        offset = offset - scale * q.qmin  # before the next line: a constant block is its offset, with codes 0
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     stored = store_scale(scale, spec.scale)
-    exact = None if spec.divide.startswith("stored") else scale
+    exact = None if spec.divide.startswith("stored") else store_scale(scale, "float32")  # its inverse is finite
     if offset is None:
         return QParams(stored, None, exact)
     if spec.offset == "zero_point":
         zero = q.qmin - (offset / stored.float()).round()
         return QParams(stored, zero.nan_to_num(0.0).clamp(q.qmin, q.qmax).to(torch.int32), exact)
-    if spec.range == "minmax":
-        offset = offset - scale * q.qmin if q.qmin else offset
     return QParams(stored, store_offset(offset, str(spec.offset)), exact, None if exact is None else offset)
 
 
@@ -222,8 +239,12 @@ def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.
 
 def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
     """x (R, C) -> codes. Raises ValueError if x or its grid is not finite."""
-    if not (torch.isfinite(qparams.scale).all() and torch.isfinite(x).all()):
-        raise ValueError(f"the tensor or its {spec.scale} scales are not finite: NaN, infinity, or an overflow")
+    if not torch.isfinite(x).all():
+        raise ValueError("the tensor holds NaN or infinity")
+    if not torch.isfinite(qparams.scale).all():
+        raise ValueError(f"a scale is beyond the range of {spec.scale}: store scales as float32 or bfloat16")
+    if qparams.offset is not None and not torch.isfinite(qparams.offset).all():
+        raise ValueError(f"an offset is beyond the range of {spec.offset}: store offsets as float32 or bfloat16")
     codes = untile(to_codes(x.detach(), qparams, spec)).to(spec.type.storage)
     offset = qparams.offset
     return QTensor(codes, qparams.scale.detach(), None if offset is None else offset.detach(), spec)
