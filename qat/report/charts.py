@@ -57,12 +57,13 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerChart:
-    """Columns over the layers in the model's order, and the layers with the lowest SQNR."""
+    """Columns over the layers in the model's order, and the layers with the lowest SQNR. `clipped`: whether any is."""
 
     bars: list[Bar]
     sqnr_ticks: list[Tick]
     clip_ticks: list[Tick]
     worst: list[Layer]
+    clipped: bool
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -93,7 +94,7 @@ def line_chart(name: str, curves: dict[str, Curve], quant_start: int | None = No
     first, last = min(steps), max(steps)
     means = [mean for buckets in thinned.values() for _, mean in buckets]
     pad = (max(means) - min(means)) * 0.06 or max(abs(means[0]) * 0.05, 1e-3)
-    low, high = min(means) - pad, max(means) + pad
+    low, high = min(means) - pad, max(means) + 2 * pad
     span = max(last - first, 1)
 
     def x(step: float) -> str:
@@ -111,7 +112,7 @@ def line_chart(name: str, curves: dict[str, Curve], quant_start: int | None = No
                 points=[(step, round(mean, 5)) for step, mean in buckets],
             )
         )
-    inside = quant_start is not None and first < quant_start < last
+    inside = "qat" in curves and quant_start is not None and first < quant_start < last
     return LineChart(
         name=name,
         lines=lines,
@@ -124,10 +125,11 @@ def line_chart(name: str, curves: dict[str, Curve], quant_start: int | None = No
 
 
 def layer_chart(layers: Sequence[Layer], most_worst: int = 5) -> LayerChart:
-    """SQNR columns from 0 dB and clip-rate columns from 0, each to its own highest value."""
+    """SQNR columns from 0 dB and clip-rate columns from 0, each to its own highest value. Among few layers none is
+    marked as worst."""
     sqnr_top = max(max(layer["sqnr_db"] for layer in layers) * 1.05, 1.0)
     clip_top = max(max(layer["clip_rate"] for layer in layers) * 1.05, 1e-6)
-    lowest = sorted(layers, key=lambda layer: layer["sqnr_db"])[: min(most_worst, len(layers) // 4)]
+    lowest = sorted(layers, key=lambda layer: layer["sqnr_db"])[:most_worst]
     pitch = 1000 / len(layers)
     bars = [
         Bar(
@@ -136,11 +138,15 @@ def layer_chart(layers: Sequence[Layer], most_worst: int = 5) -> LayerChart:
             width=round(0.8 * pitch, 2),
             sqnr=round(1000 * max(layer["sqnr_db"], 0) / sqnr_top, 1),
             clip=round(1000 * layer["clip_rate"] / clip_top, 1),
-            worst=layer in lowest,
+            worst=layer in lowest and len(layers) > 2 * most_worst,
         )
         for index, layer in enumerate(layers)
     ]
     clip_ticks = _ticks(0, 100 * clip_top, 2, upward=True)
     return LayerChart(
-        bars=bars, sqnr_ticks=_ticks(0, sqnr_top, 4, upward=True), clip_ticks=clip_ticks, worst=lowest
+        bars=bars,
+        sqnr_ticks=_ticks(0, sqnr_top, 4, upward=True),
+        clip_ticks=clip_ticks,
+        worst=lowest,
+        clipped=any(layer["clip_rate"] for layer in layers),
     )

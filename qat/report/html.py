@@ -15,7 +15,7 @@ from qat.files import atomic_write
 from qat.report.charts import LineChart, layer_chart, line_chart
 from qat.report.metrics import Curves, read_metrics
 from qat.report.rows import Row, human_bytes, quality, quality_name, rows
-from qat.report.schema import Coverage, Report, read_report
+from qat.report.schema import LEFT, Coverage, Report, read_report
 from qat.report.table import next_commands
 
 
@@ -33,7 +33,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """How many parameters and elements are held in one scheme ("float" for those left)."""
+    """How many parameters and elements are held in one scheme (`left`: in none, kept in float)."""
 
     scheme: str
     tensors: int
@@ -77,12 +77,13 @@ def render(run_dir: Path) -> str:
         after=_after(lines),
         curves=_charts(curves or {}, config),
         no_curves=_why_no_curves(report, curves),
-        layers=layer_chart(report["layers"]) if report.get("layers") else None,
+        layers=layer_chart(layers) if (layers := report.get("layers")) else None,
         sizes=_sizes(lines),
         shares=_shares(report["coverage"]),
         commands=next_commands(report, run_dir),
         config=config,
-        timing={name.removesuffix("_seconds").replace("_", " "): _duration(s) for name, s in report["timing"].items()},
+        facts=_facts(report),
+        left=LEFT,
     )
 
 
@@ -96,14 +97,21 @@ def _after(lines: Sequence[Row]) -> Row | None:
     if ran:
         return min(ran, key=lambda row: row.figures["bytes"])
     arms = {row.key: row for row in lines}
-    return arms.get("qat") or arms.get("ptq")
+    return arms.get("qat") or arms.get("ptq") or arms.get("control")
 
 
 def _change(before: dict[str, Any], after: dict[str, Any]) -> str:
     """From float to `after`: perplexity in percent of itself, accuracy in percentage points."""
     if "accuracy" in before:
-        return f"{100 * (after['accuracy'] - before['accuracy']):+.2f} points"
-    return f"{after['perplexity'] / before['perplexity'] - 1:+.2%}"
+        text = f"{100 * (after['accuracy'] - before['accuracy']):+.2f}"
+        return f"{_signed(text)} points from float"
+    text = f"{100 * (after['perplexity'] / before['perplexity'] - 1):+.2f}"
+    return f"{_signed(text)}% from float"
+
+
+def _signed(text: str) -> str:
+    """A signed number with a true minus, and no sign on zero."""
+    return text.replace("-", "−") if float(text) else text[1:]
 
 
 def _charts(curves: Curves, config: str | None) -> list[LineChart]:
@@ -133,12 +141,11 @@ def _sizes(lines: Sequence[Row]) -> list[Size]:
     sizes: list[Size] = []
     for row in shown:
         total, quantized = row.figures["bytes"], row.figures.get("bytes_quantized")
-        split = None if quantized is None else f"{human_bytes(quantized)} quantized, {human_bytes(total - quantized)} other"
         sizes.append(
             Size(
                 label="float32" if row.key == "float" and not row.exported else row.label,
                 text=row.size,
-                detail=split or "",
+                detail="" if quantized is None else _split(quantized, total - quantized),
                 width=100 * total / top,
                 quantized=None if quantized is None else 100 * quantized / top,
                 exported=row.key != "float" or row.exported,
@@ -147,17 +154,50 @@ def _sizes(lines: Sequence[Row]) -> list[Size]:
     return sizes
 
 
+def _split(quantized: int, other: int) -> str:
+    return f"{human_bytes(quantized)} quantized, {human_bytes(other)} other"
+
+
 def _shares(coverage: Sequence[Coverage]) -> list[Share]:
     """Schemes by the elements they hold, those left in float last."""
-    groups: dict[str | None, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for entry in coverage:
-        groups.setdefault(entry.get("scheme"), []).append(math.prod(entry["shape"]))
+        groups.setdefault(entry["scheme"], []).append(math.prod(entry["shape"]))
     total = max(sum(map(sum, groups.values())), 1)
     shares = [
-        Share(scheme=s or "float", tensors=len(n), elements=sum(n), percent=100 * sum(n) / total, left=s is None)
+        Share(scheme=s, tensors=len(n), elements=sum(n), percent=100 * sum(n) / total, left=s == LEFT)
         for s, n in groups.items()
     ]
     return sorted(shares, key=lambda share: (share.left, -share.elements))
+
+
+def _facts(report: Report) -> dict[str, dict[str, str]]:
+    """Short lists of names and values for the foot of the page."""
+    timing = {name.removesuffix("_seconds"): _duration(seconds) for name, seconds in report["timing"].items()}
+    lists: dict[str, dict[str, Any]] = {
+        "Versions": report["versions"],
+        "Time": timing,
+        "Training": report.get("training", {}),
+        "Data": _flat(report.get("corpus", {})),
+    }
+    return {
+        title: {name if title == "Versions" else name.replace("_", " "): _fact(value) for name, value in facts.items()}
+        for title, facts in lists.items()
+    }
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dicts within dicts as one, their keys joined by spaces."""
+    out: dict[str, Any] = {}
+    for key, value in nested.items():
+        out |= _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
 def _duration(seconds: float) -> str:

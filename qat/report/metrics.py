@@ -47,7 +47,7 @@ def _float(cell: object) -> float | None:
 
 
 def thin(curve: Curve, most: int) -> Curve:
-    """At most `most` points: means of neighbours, each at its middle step; the very first and last steps keep theirs."""
+    """At most `most` points: means of neighbours at their middle step; the ends keep the first and last step."""
     size = max(1, math.ceil(len(curve) / most))
     buckets = [curve[start : start + size] for start in range(0, len(curve), size)]
     out = [(bucket[len(bucket) // 2][0], sum(value for _, value in bucket) / len(bucket)) for bucket in buckets]

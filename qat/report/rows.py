@@ -52,7 +52,7 @@ class Row:
         return self.exported and self.figures["codes_equal"] and self.figures["weights_equal"]
 
     def equal(self, what: str) -> str:
-        """"yes", "NO" or blank for `codes` or `weights`."""
+        """For `codes` or `weights`: yes, NO, or blank."""
         return ("yes" if self.figures[f"{what}_equal"] else "NO") if self.exported else BLANK
 
 
@@ -64,7 +64,7 @@ def rows(report: Report) -> list[Row]:
 
 
 def quality_name(report: Report) -> str:
-    """ "accuracy" or "perplexity": what the stages of this run were judged by."""
+    """Either "accuracy" or "perplexity": what the stages of this run were judged by."""
     return "accuracy" if any("accuracy" in row.figures for row in rows(report)) else "perplexity"
 
 
@@ -85,10 +85,9 @@ def number(figures: Mapping[str, Any], key: str, form: str) -> str:
 
 def human_bytes(count: float) -> str:
     """Decimal units, three digits: 999 B, 21.9 MB, 1.02 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            break
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.3g} {unit}"
+        units.pop(0)
+    digits = 0 if units[0] == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{digits}f} {units[0]}"

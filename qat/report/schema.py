@@ -7,7 +7,7 @@ Units: losses in nats per target, `bytes` in bytes, `timing` in seconds, rates a
 import json
 import math
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from qat.errors import UserError
 from qat.files import atomic_write
@@ -16,12 +16,16 @@ PTQ_NOISE = 0.01
 """Nats. A smaller PTQ gap is not told from noise: another order of the same data moves a fine-tuned loss by as much."""
 
 
+LEFT = "float"
+"""The `scheme` of a parameter that no rule quantized."""
+
+
 class Coverage(TypedDict):
-    """One parameter. `scheme` names its grid ("int4 1x32") and is absent where it was left in float; `reason`: why."""
+    """One parameter. `scheme` names its grid, or is `LEFT` where it was left in float; `reason` says why."""
 
     name: str
     shape: list[int]
-    scheme: NotRequired[str]
+    scheme: str
     reason: str
 
 
@@ -87,7 +91,7 @@ class Fallback(TypedDict):
 
 
 class Report(TypedDict):
-    """report.json as a whole."""
+    """report.json as a whole. `training`: steps and items seen; `corpus`: the data module's description of itself."""
 
     recipe: str
     model: str
@@ -102,6 +106,8 @@ class Report(TypedDict):
     recovered: NotRequired[float]
     layers: NotRequired[list[Layer]]
     fallback: NotRequired[list[Fallback]]
+    training: NotRequired[dict[str, int | float]]
+    corpus: NotRequired[dict[str, Any]]
 
 
 def recovered(stages: Stages) -> float | None:
@@ -112,13 +118,13 @@ def recovered(stages: Stages) -> float | None:
     `(ptq - qat) / (ptq - float)` and also credits QAT with what plain fine-tuning would have brought: it may pass 1.
     None, so that the key stays absent, when an arm is missing or PTQ cost less than `PTQ_NOISE`.
     """
-    if not {"float", "ptq", "qat"} <= stages.keys():
+    if "float" not in stages or "ptq" not in stages or "qat" not in stages:
         return None
-    float_loss, ptq_loss, qat_loss = (stages[arm]["loss"] for arm in ("float", "ptq", "qat"))
-    if ptq_loss - float_loss < PTQ_NOISE:
+    damage = stages["ptq"]["loss"] - stages["float"]["loss"]
+    if damage < PTQ_NOISE:
         return None
-    reference = stages["control"]["loss"] if "control" in stages else float_loss
-    return 1 - (qat_loss - reference) / (ptq_loss - float_loss)
+    reference = stages.get("control", stages["float"])
+    return 1 - (stages["qat"]["loss"] - reference["loss"]) / damage
 
 
 def check_report(report: Report) -> None:
@@ -127,7 +133,7 @@ def check_report(report: Report) -> None:
     if missing:
         raise ValueError(f"report lacks {', '.join(sorted(missing))}")
     _check_values(report, "report")
-    for arm, stage in report["stages"].items():
+    for arm, stage in dict[str, Any](report["stages"]).items():
         if ("perplexity" in stage) == ("accuracy" in stage):
             raise ValueError(f"report.stages.{arm} needs exactly one of perplexity and accuracy")
 
@@ -146,7 +152,7 @@ def _check_values(value: object, where: str) -> None:
 
 
 def write_report(report: Report, path: Path) -> None:
-    """Check the report, then write it atomically. Raises ValueError and leaves `path` alone if an entry is not sound."""
+    """Check the report, then write it atomically. ValueError, and `path` untouched, if an entry is not sound."""
     check_report(report)
     atomic_write(path, json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -157,6 +163,7 @@ def read_report(run_dir: Path) -> Report:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{run_dir} has no report.json: the run has not finished; continue it with resume={run_dir}") from None
+        message = f"{run_dir} has no report.json: the run has not finished; continue it with resume={run_dir}"
+        raise UserError(message) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): run the recipe again or restore the file") from None

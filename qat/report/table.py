@@ -81,7 +81,8 @@ def next_commands(report: Report, run_dir: Path) -> list[str]:
         commands.append(_transformers(paths["hf"]))
     if "onnx" in paths:
         model = _literal(_file(paths["onnx"], "*.onnx"))
-        code = f"import onnxruntime as o; s = o.InferenceSession({model}); print([(i.name, i.shape) for i in s.get_inputs()])"
+        code = f"import onnxruntime as o; s = o.InferenceSession({model}); "
+        code += "print([(i.name, i.type, i.shape) for i in s.get_inputs()])"
         commands.append(f"python -c {shlex.quote(code)}")
     if quality_name(report) == "perplexity":
         commands.append(f"qat generate {shlex.quote(str(run_dir))} --prompt {shlex.quote(PROMPT)}")
@@ -103,7 +104,8 @@ def _llama_cpp(model: Path) -> str:
     if shutil.which("llama-cli"):
         return f"llama-cli -m {shlex.quote(str(model))} -p {PROMPT} -n 40"
     code = (
-        f"import xllamacpp as x; p = x.CommonParams(); p.verbosity = 0; p.n_ctx = 512; p.model.path = {_literal(model)}; "
+        "import xllamacpp as x; p = x.CommonParams(); p.verbosity = 0; p.n_ctx = 512; "
+        f"p.model.path = {_literal(model)}; "
         f'print(x.Server(p).handle_completions({{"prompt": "{PROMPT}", "max_tokens": 40}})["choices"][0]["text"])'
     )
     return f"python -c {shlex.quote(code)}"
@@ -111,8 +113,9 @@ def _llama_cpp(model: Path) -> str:
 
 def _transformers(folder: Path) -> str:
     """Plain transformers where the layout is its own; `import qat` first where the folder says quant_method qat."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    ours = config.get("quantization_config", {}).get("quant_method") == "qat"
+    config = folder / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    ours = settings.get("quantization_config", {}).get("quant_method") == "qat"
     code = (
         f"{'import qat; ' if ours else ''}from transformers import pipeline; "
         f'print(pipeline("text-generation", {_literal(folder)})("{PROMPT}", max_new_tokens=40)[0]["generated_text"])'

@@ -40,16 +40,17 @@ def coverage() -> list[Any]:
     """Parameters of a GPT-2 with eight blocks."""
     out: list[Any] = [
         {"name": "transformer.wte.weight", "shape": [4096, 256], "scheme": "int8 1x32", "reason": "rule .*wte, tied"},
-        {"name": "transformer.wpe.weight", "shape": [1024, 256], "reason": "no rule: positions stay in float"},
+        {"name": "transformer.wpe.weight", "shape": [1024, 256], "scheme": "float", "reason": "no rule matches"},
     ]
     for block in range(BLOCKS):
         for kind, shape in KINDS.items():
             name = f"transformer.h.{block}.{kind}"
             out.append({"name": f"{name}.weight", "shape": list(shape), "scheme": "int4 1x32", "reason": "rule Conv1D"})
-            out.append({"name": f"{name}.bias", "shape": [shape[1]], "reason": "a bias"})
+            out.append({"name": f"{name}.bias", "shape": [shape[1]], "scheme": "float", "reason": "a bias"})
         for norm in ("ln_1", "ln_2"):
             for part in ("weight", "bias"):
-                out.append({"name": f"transformer.h.{block}.{norm}.{part}", "shape": [256], "reason": "a norm"})
+                name = f"transformer.h.{block}.{norm}.{part}"
+                out.append({"name": name, "shape": [256], "scheme": "float", "reason": "a norm"})
     return out
 
 
@@ -94,7 +95,7 @@ def language_report() -> Report:
         "model": "gpt2_mini",
         "data": "stdlib",
         "seed": 0,
-        "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "datasets": "5.2.0", "qat": "0.1"},
+        "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "qat": "0.1"},
         "device": "cpu, 2 cores",
         "coverage": coverage(),
         "stages": stages,
@@ -125,7 +126,8 @@ def classifier_report() -> Report:
         "versions": {"torch": "2.13.0", "onnxruntime": "1.31.1"},
         "device": "cpu",
         "coverage": [
-            {"name": f"{n}.weight", "shape": [32, 16, 3, 3], "scheme": "int8 channel", "reason": "rule .*"} for n in names
+            {"name": f"{n}.weight", "shape": [32, 16, 3, 3], "scheme": "int8 channel", "reason": "rule .*"}
+            for n in names
         ],
         "stages": {
             "float": {"loss": 0.0712, "accuracy": 0.98333, "bytes": 212_000},
@@ -159,9 +161,14 @@ def pretrain_report() -> Report:
     report: Any = language_report()
     for key in ("recovered", "layers", "fallback"):
         del report[key]
-    entries = [{k: v for k, v in c.items() if k != "scheme"} | {"reason": "scheme=none"} for c in report["coverage"]]
-    stages = {"float": report["stages"]["float"]}
-    return report | {"recipe": "pretrain_gpt2_mini", "stages": stages, "exports": {}, "coverage": entries}
+    entries = [c | {"scheme": "float", "reason": "scheme=none"} for c in report["coverage"]]
+    stages = {"float": language_stage(8.4131, FLOAT_BYTES), "control": language_stage(3.2142, FLOAT_BYTES)}
+    report |= {"training": {"steps": 1200, "items": 9_830_400, "best_validation_loss": 3.2071}}
+    return (
+        report
+        | {"corpus": {"name": "stdlib", "windows": {"train": 9600, "test": 96}, "sha256": "5f0c" * 16}}
+        | {"recipe": "pretrain_gpt2_mini", "stages": stages, "exports": {}, "coverage": entries}
+    )
 
 
 def ptq_report() -> Report:
@@ -174,20 +181,20 @@ def ptq_report() -> Report:
 
 
 def write_metrics(path: Path, arms: dict[str, float], steps: int = 1200) -> None:
-    """Long-form training and validation losses that fall from each arm's height, with noise and a jump at step 200."""
+    """Wide rows as training writes them, losses falling from each arm's height, with noise and a jump at step 200."""
     rng = random.Random(2)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "arm", "name", "value"])
+        writer = csv.DictWriter(file, ["step", "arm", "train/loss", "lr", "val/loss"], restval="")
+        writer.writeheader()
         for arm, height in arms.items():
-            for step in range(1, steps + 1):
+            for step in range(5, steps + 1, 5):
                 loss = 3.17 + height * math.exp(-step / 350)
                 if arm == "qat" and step > 200:
                     loss += 0.012 + 0.07 * math.exp(-(step - 200) / 160)
-                writer.writerow([step, arm, "train_loss", f"{loss + rng.gauss(0, 0.05):.6f}"])
-                writer.writerow([step, arm, "lr", f"{2e-5 * (1 - step / steps):.3e}"])
+                noisy = loss + rng.gauss(0, 0.025)
+                writer.writerow({"step": step, "arm": arm, "train/loss": noisy, "lr": 2e-5 * (1 - step / steps)})
                 if step % 100 == 0:
-                    writer.writerow([step, arm, "val_loss", f"{loss + 0.02 + rng.gauss(0, 0.002):.6f}"])
+                    writer.writerow({"step": step, "arm": arm, "val/loss": loss + 0.02 + rng.gauss(0, 0.002)})
 
 
 def write_run(run_dir: Path, report: Report, arms: dict[str, float] | None = None, config: str | None = CONFIG) -> Path:
@@ -211,9 +218,9 @@ def write_run(run_dir: Path, report: Report, arms: dict[str, float] | None = Non
 def write_samples(folder: Path) -> dict[str, Path]:
     """One run folder of every kind: language, classifier, pretrain, ptq."""
     return {
-        "language": write_run(folder / "language", language_report(), {"float": 0.06, "control": 0.05, "qat": 0.05}),
+        "language": write_run(folder / "language", language_report(), {"control": 0.05, "qat": 0.05, "float": 0.06}),
         "classifier": write_run(folder / "classifier", classifier_report(), {"qat": 0.9}),
-        "pretrain": write_run(folder / "pretrain", pretrain_report(), {"float": 5.0}),
+        "pretrain": write_run(folder / "pretrain", pretrain_report(), {"control": 5.0}),
         "ptq": write_run(folder / "ptq", ptq_report(), config=None),
     }
 
