@@ -217,7 +217,7 @@ def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.5) ->
         assert exact is not None
         y = y - _spread(exact.float())
     y = y * _spread(1.0 / scale) if spec.divide.endswith("inverse") else y / _spread(scale)
-    codes: Tensor = _Codes.apply(y, low, high, spec, edge)  # pyright: ignore[reportAssignmentType]
+    codes: Tensor = _Codes.apply(y, low, high, spec, edge)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportAssignmentType]
     return codes if zero is None else codes + zero
 
 

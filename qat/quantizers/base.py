@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from qat.affine import QParams, QTensor, fake_quantize, quantize
+from qat.affine import QParams, QTensor, dequantize, fake_quantize, quantize
 from qat.scheme import QuantSpec
 
 
@@ -40,6 +40,10 @@ class FakeQuantize(nn.Module):
     def quantize(self, x: Tensor) -> QTensor:
         """The codes of x (R, C). Raises ValueError if x is not finite."""
         return quantize(x, self.qparams(x), self.spec)
+
+    def dequantized(self, x: Tensor) -> Tensor:
+        """The float32 values that the codes of x (R, C) stand for, whether or not `enabled`."""
+        return dequantize(self.quantize(x))
 
     def extra_repr(self) -> str:
         return self.spec.label()
