@@ -1,64 +1,132 @@
-"""`qat train`: from the command line through Hydra to plain objects; maps what goes wrong to exit codes.
+"""`qat train`: from the command line through Hydra to plain objects, and from what goes wrong to exit codes.
 
-Recipes are files of `recipes/`, offered to Hydra as the group `recipe`. Nothing behind this file sees a DictConfig.
+Nothing behind this file sees a DictConfig. Heavy imports wait until the command line has been understood.
 """
 
 import os
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qat import overrides, recipes, run_folder
 from qat.errors import UserError, VerifyError
-
-ROOT = Path(__file__).parent.parent
-CONFIGS, RECIPES = ROOT / "configs", ROOT / "recipes"
+from qat.settings import check, suggestion
 
 
 def main(argv: list[str]) -> int:
-    """Run a recipe; returns the exit code (0 done, 1 crash by traceback, 2 wrong input, 3 failed verification)."""
-    for path in RECIPES.glob("*.yaml"):
-        ConfigStore.instance().store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own handler would exit with 1 and print a page
-    sys.argv = ["train.py", *argv]
+    """Run a recipe; returns the exit code: 0 done and verified, 2 wrong input, 3 a written file failed verification.
+
+    Anything else is a bug and leaves by its traceback (exit code 1).
+    """
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(launch)()
-    except InstantiationException as error:
-        cause = error.__cause__
-        print(f"error: {cause if isinstance(cause, UserError) else error}", file=sys.stderr)
-        return 2
-    except (HydraException, OmegaConfBaseException, UserError) as error:
+        train(argv)
+    except (UserError, VerifyError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except VerifyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; continue with resume=RUN_DIR", file=sys.stderr)
+        return 130
     return 0
 
 
+def train(argv: list[str]) -> None:
+    """Resume, or compose and run; raises UserError for whatever the user can put right."""
+    flags = [argument for argument in argv if argument.startswith("-")]
+    resumed = overrides.resumed(argv)
+    if resumed is not None:
+        folder, max_steps = resumed
+        config = run_folder.read(folder) | {"run_dir": str(folder)}
+        if max_steps is not None:
+            config["trainer"]["max_steps"] = max_steps
+        execute(config)
+        return
+    if not flags and not any(overrides.split(argument)[0] == "recipe" for argument in argv):
+        raise UserError(f"name a recipe\n\n{recipes.listing()}")
+    recipes.register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing a page and exiting with 1
+    failures: list[UserError | VerifyError] = []
+
+    def job(composed: DictConfig) -> None:
+        try:  # Hydra would print a line of its own for what it sees failing
+            launch(composed)
+        except (UserError, VerifyError) as error:
+            failures.append(error)
+
+    script, sys.argv = sys.argv, [sys.argv[0], *map(overrides.quote, argv)]
+    try:
+        hydra.main(version_base="1.3", config_path=str(recipes.CONFIGS), config_name="train")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    finally:
+        sys.argv = script
+    if failures:
+        raise failures[0]
+
+
 def launch(composed: DictConfig) -> None:
-    """One composed job."""
+    """One composed job (several with --multirun)."""
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
-    config["recipe"] = HydraConfig.get().runtime.choices.recipe
-    if config["run_dir"] is None:
-        config["run_dir"] = str(Path("outputs") / config["recipe"] / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    chosen = HydraConfig.get()
+    config["recipe"] = chosen.runtime.choices.recipe
+    given = {overrides.split(override)[0] for override in chosen.overrides.task}
+    for name in ("model", "data"):  # a stand-in never replaces what the user named
+        if "explicit" in config[name]:
+            config[name]["explicit"] = f"{name}.path" in given
+    if config["run_dir"] is not None:
+        run_folder.refuse_used(Path(config["run_dir"]))
     execute(config)
 
 
 def execute(config: dict[str, Any]) -> None:
-    """Instantiate everything and run the pipeline in config["run_dir"]."""
+    """Check, build and run one configuration."""
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
     from qat.pipeline import run
 
-    objects = instantiate(OmegaConf.create(config), _convert_="all")
-    objects["run_dir"] = Path(config["run_dir"])
-    objects["run_dir"].mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config), objects["run_dir"] / "config.yaml")
-    run(**objects)
+    run_dir = None if config["run_dir"] is None else Path(config["run_dir"])
+    check({**config, "config": config, "run_dir": run_dir}, run)
+    try:
+        objects = instantiate(OmegaConf.create(config), _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    run(**objects | {"run_dir": run_dir, "config": config})
+
+
+def explain(error: Exception) -> str:
+    """One sentence for what Hydra or OmegaConf refused."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        if group == "recipe":
+            return f"there is no recipe {name}\n\n{recipes.listing()}"
+        if error.options:
+            return f"there is no {group}={name}; choose one of {', '.join(error.options)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: a value with special characters needs quotes for Hydra too"
+    if isinstance(error, ConfigCompositionException) and "Could not override '" in str(error):
+        key = str(error).split("'")[1]
+        return f"there is no key {key}; {suggestion(key, known_keys())}"
+    return " ".join(str(error).split("\nfull_key:")[0].split())
+
+
+def known_keys() -> list[str]:
+    """Every key and group of the default configuration, in dotted form."""
+    with hydra.initialize_config_dir(str(recipes.CONFIGS), version_base="1.3"):
+        composed = OmegaConf.to_container(hydra.compose("train"))
+    return [*_dotted(composed, ""), "recipe"]
+
+
+def _dotted(node: Any, path: str) -> list[str]:
+    keys: list[str] = []
+    for key, value in node.items() if isinstance(node, dict) else ():
+        where = f"{path}.{key}" if path else str(key)
+        keys += [where, *_dotted(value, where)]
+    return [key for key in keys if not key.rpartition(".")[2].startswith("_")]

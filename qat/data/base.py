@@ -58,7 +58,7 @@ class TokenData(pl.LightningDataModule, ABC):
     def encode(self, batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         """Token ids and labels of a batch of rows; here the text and one end-of-text token, loss on everything."""
         ids = self.tokenizer(batch[self.text_column], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [row + [self.tokenizer.eos_token_id] for row in ids]
+        ids = [[*row, self.tokenizer.eos_token_id] for row in ids]
         return {"input_ids": ids, "labels": ids}
 
     def describe(self) -> dict[str, Any]:

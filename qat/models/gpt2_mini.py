@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from qat.data.base import TokenData
-from qat.models.base import Loaded
+from qat.models.load import Loaded
 
 END = "<|endoftext|>"
 
@@ -39,7 +39,7 @@ class FromScratch:
             use_cache=False,
         )
         model = GPT2LMHeadModel(config).to(torch.float32)
-        return Loaded(model=model, tokenizer=tokenizer, name="gpt2_mini")
+        return Loaded(model=model, tokenizer=tokenizer, source="gpt2_scratch", fallback=None)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPT2TokenizerFast:

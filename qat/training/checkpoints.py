@@ -19,7 +19,7 @@ class Checkpoints(pl.Callback):
     def __init__(self, folder: Path, every_n_steps: int, best_from_step: int = 0) -> None:
         self.folder, self.every_n_steps, self.best_from_step = folder, every_n_steps, best_from_step
         self.best: float | None = None
-        self.saved_at = -1
+        self.saved_at, self.validated_at = -1, -1
 
     @property
     def last_path(self) -> Path:
@@ -51,6 +51,7 @@ class Checkpoints(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save when better than before."""
         loss = float(trainer.callback_metrics["val/loss"])
+        self.validated_at = trainer.global_step
         if trainer.global_step > self.best_from_step and (self.best is None or loss < self.best):
             self.best = loss
             self._save(trainer, self.best_path, weights_only=True)

@@ -1,7 +1,7 @@
 """One training arm, from a float or prepared model to trained weights; resumable at any step."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,11 +52,12 @@ def fit(
     *,
     arm: str,
     run_dir: Path,
+    folder: Path,
     data: pl.LightningDataModule,
     task: Callable[..., pl.LightningModule],
     optimizer: Optimizer,
     trainer: partial[pl.Trainer],
-    loggers: list[Logger],
+    loggers: Sequence[Callable[..., Logger]],
     evaluation: Evaluation,
     checkpoint: Checkpointing,
     callbacks: list[pl.Callback],
@@ -65,22 +66,20 @@ def fit(
 ) -> Fitted:
     """Train `model` in place to trainer.max_steps and leave the weights with the lowest validation loss in it.
 
-    Goes on from RUN/checkpoints/ARM/last.ckpt if there is one. With max_steps=0 nothing happens.
+    Goes on from `folder`/last.ckpt if there is one. With max_steps=0 nothing happens.
     """
     if trainer.keywords.get("max_steps", -1) < 0:
         raise UserError("trainer.max_steps must be given, 0 or more: it is what ends a run")
     if trainer.keywords.get("precision") == "16-mixed":
-        raise UserError(
-            "trainer.precision=16-mixed is not supported (its loss scaling fights clipping); use bf16-mixed"
-        )
+        raise UserError("trainer.precision=16-mixed is not supported; use bf16-mixed")
     if trainer.keywords["max_steps"] == 0:
         return Fitted(0, 0, None, None)
     module = task(model=model, optimizer=optimizer)
-    saver = Checkpoints(run_dir / "checkpoints" / arm, checkpoint.every_n_steps, best_from_step)
+    saver = Checkpoints(folder, checkpoint.every_n_steps, best_from_step)
     clock = StepClock()
     made = trainer(
         default_root_dir=run_dir,
-        logger=[CsvMetrics(run_dir / "metrics.csv", arm), *loggers],
+        logger=[CsvMetrics(run_dir / "metrics.csv", arm), *(make(run_dir=run_dir, arm=arm) for make in loggers)],
         callbacks=[
             *callbacks,
             StopOnNonFinite(),
@@ -100,6 +99,8 @@ def fit(
     )
     start = saver.last_path if saver.last_path.exists() else None
     made.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    if saver.validated_at != made.global_step:  # else the last steps could never be the best
+        made.validate(module, datamodule=data, verbose=False)
     if saver.best_path.exists():
         state = torch.load(saver.best_path, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict(state)

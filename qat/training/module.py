@@ -1,6 +1,4 @@
-"""Training of any causal language model of transformers, and its evaluation in nats per token."""
-
-import math
+"""Training of any causal language model of transformers."""
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +44,3 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     target = batch["labels"][:, 1:].flatten()
     kept = target != -100
     return nn.functional.cross_entropy(logits, target, reduction="none")[kept]
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batch: Batch, *, batch_size: int) -> dict[str, float]:
-    """{"loss", "perplexity"} in nats per token over windows [n, T], in the model's own dtype; for every stage."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    losses: list[Tensor] = []
-    for start in range(0, len(batch["labels"]), batch_size):
-        part = {name: tensor[start : start + batch_size].to(device) for name, tensor in batch.items()}
-        losses.append(token_losses(model, part).double())
-    model.train(training)
-    loss = torch.cat(losses).mean().item()
-    return {"loss": loss, "perplexity": math.exp(loss)}

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-SCALE_NAMES = (".scale", ".offset")
+from qat.quantizers.base import FakeQuantize
+
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -54,6 +55,8 @@ def factor(step: int, warmup: int, total: int, floor: float) -> float:
 
 def groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(decayed, not decayed, learned quantizer state), each trainable parameter once, in the model's order."""
+    quantizers = [module for module in model.modules() if isinstance(module, FakeQuantize)]
+    learned = {id(p) for module in quantizers for p in module.parameters()}
     norms = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -61,7 +64,7 @@ def groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], li
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if f".{name}".endswith(SCALE_NAMES):
+        if id(parameter) in learned:
             scales.append(parameter)
         elif id(parameter) in norms or name.endswith("bias") or parameter.ndim < 2:
             plain.append(parameter)

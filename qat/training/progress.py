@@ -14,7 +14,8 @@ class TrainingBar(pl.Callback):
     def __init__(self, console: Console, title: str, seconds: float = 30.0) -> None:
         self.console, self.title, self.seconds = console, title, seconds
         self.progress: Progress | None = None
-        self.items, self.loss, self.since, self.said = 0, 0.0, 0.0, 0.0
+        self.items, self.first_step = 0, 0
+        self.loss, self.since, self.said, self.drawn = 0.0, 0.0, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the bar at the step the run starts from."""
@@ -34,9 +35,12 @@ class TrainingBar(pl.Callback):
     ) -> None:
         """Advance."""
         self.items += pl_module.items(batch)  # type: ignore[operator]
-        loss = outputs["loss"].item() * trainer.accumulate_grad_batches
-        self.loss = loss if not self.loss else 0.95 * self.loss + 0.05 * loss
         now, step = time.monotonic(), trainer.global_step
+        if now - self.drawn < 0.2:  # reading the loss waits for an accelerator
+            return
+        self.drawn = now
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches
+        self.loss = loss if not self.loss else 0.9 * self.loss + 0.1 * loss
         speed = f"loss {self.loss:.3f}, {self.items / (now - self.since):,.0f} items/s"
         if self.progress is not None:
             self.progress.update(self.task, completed=step, detail=speed)
