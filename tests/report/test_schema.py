@@ -22,7 +22,9 @@ def test_recovered_without_control_is_the_usual_share() -> None:
 def test_recovered_with_control_ignores_what_plain_fine_tuning_brings() -> None:
     """Float, control and QAT all 0.5 lower by fine-tuning alone: the share is the same as if there had been none."""
     assert recovered(stages(float=3.0, ptq=3.2, qat=2.55, control=2.5)) == pytest.approx(0.75)
-    assert recovered(stages(float=3.0, ptq=3.2, qat=2.55)) == pytest.approx(3.25)  # what leaving control out would claim
+    assert recovered(stages(float=3.0, ptq=3.2, qat=2.55)) == pytest.approx(
+        3.25
+    )  # what leaving control out would claim
 
 
 def test_recovered_may_be_negative() -> None:

@@ -67,8 +67,10 @@ def test_markup_in_names_is_text() -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (9_996, "10.0 kB"), (99_960, "100 kB"), (999_600, "1.00 MB")]
-    + [(29_600_000, "29.6 MB"), (1_020_000_000, "1.02 GB"), (5e15, "5000 TB")],
+    [
+        *((0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (9_996, "10.0 kB"), (99_960, "100 kB"), (999_600, "1.00 MB")),
+        *((29_600_000, "29.6 MB"), (1_020_000_000, "1.02 GB"), (5e15, "5000 TB")),
+    ],
 )
 def test_human_bytes(count: float, text: str) -> None:
     assert human_bytes(count) == text
@@ -115,7 +117,7 @@ def paste(command: str) -> str:
     return done.stdout
 
 
-NASTY = "it's a \"run\" $HOME #1, ü=(x)"
+NASTY = 'it\'s a "run" $HOME #1, ü=(x)'
 
 
 def test_onnx_command_runs_on_a_nasty_path(tmp_path: Path) -> None:
