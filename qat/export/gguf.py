@@ -51,9 +51,7 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
 
 def _name(config: dict[str, Any]) -> str:
     """`general.name`: the config's own `name` if there is one, else where the model came from."""
-    name = str(config.get("name") or config.get("_name_or_path") or config["model_type"])
-    # transformers tells Mistral from Llama by this name alone
-    return f"{name} (mistral)" if config["model_type"] == "mistral" and "mistral" not in name.lower() else name
+    return str(config.get("name") or config.get("_name_or_path") or config["model_type"])
 
 
 def _file_type(frozen: Frozen) -> LlamaFileType:
@@ -67,7 +65,7 @@ def _file_type(frozen: Frozen) -> LlamaFileType:
 def _float_array(name: str, value: Tensor) -> np.ndarray:
     """float16 matrices stay float16 (llama.cpp then computes in it); everything else is float32, which is exact."""
     keep = value.dtype == torch.float16 and value.ndim == 2 and name != "transformer.wpe.weight"
-    value = value if keep else value.float()
+    value = value.detach() if keep else value.detach().float()
     return (value.t() if name.endswith(_CONV1D) else value).contiguous().numpy()
 
 

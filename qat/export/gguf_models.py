@@ -50,6 +50,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _llama_like(MODEL_ARCH.QWEN2),
     "qwen3": _llama_like(MODEL_ARCH.QWEN3),
 }
+# llama.cpp computes Mistral as Llama and says so, so that is how a file reads back
 MODEL_TYPES = {MODEL_ARCH_NAMES[f.arch]: name for name, f in reversed(FAMILIES.items())}
 
 
@@ -159,8 +160,6 @@ def read_config(fields: dict[str, Any]) -> Config:
     """Metadata of a GGUF file -> the part of config.json that it holds."""
     arch = fields["general.architecture"]
     model_type = MODEL_TYPES[arch]
-    if arch == "llama" and "mistral" in fields.get("general.name", "").lower():
-        model_type = "mistral"
     get = {k.removeprefix(f"{arch}."): v for k, v in fields.items() if k.startswith(f"{arch}.")}
     if model_type == "gpt2":
         return {

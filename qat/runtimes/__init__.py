@@ -1,7 +1,7 @@
 """Run a written file in its real runtime, in a fresh process: `run("llama_cpp", folder, score=ids)`.
 
-A runtime is one file here with plain functions of `(path, argument)`, and ends with `main(functions...)`. The request and
-the answer are safetensors files with one entry per call, so one process can do several calls on the same artefact.
+A runtime is one file here with plain functions of `(path, argument)`, and ends with `main(functions...)`. The request
+and the answer are safetensors files with one entry per call, so one process can do several calls on the same artefact.
 To add a runtime: write that file; its name is the registry.
 """
 
@@ -64,7 +64,7 @@ def run(runtime: str, path: Path, *, timeout: float = 1800.0, **calls: Value) ->
     """Call functions of `qat/runtimes/RUNTIME.py` on the artefact at `path` in a process of their own.
 
     `calls`: function name -> its argument (a tensor, rows of ints, or lines of text); the result has the same keys.
-    Raises UserError (the runtime is not installed, or `timeout` seconds passed) and VerifyError (it cannot run the file).
+    Raises UserError (the runtime is not installed, or `timeout` seconds passed), VerifyError (it cannot run the file).
     """
     with tempfile.TemporaryDirectory(prefix="qat-runtime-") as folder:
         request, answer = Path(folder, "request.safetensors"), Path(folder, "answer.safetensors")
@@ -93,7 +93,7 @@ def run(runtime: str, path: Path, *, timeout: float = 1800.0, **calls: Value) ->
 
 
 def main(*functions: Callable[..., Any]) -> None:
-    """The command line of every runtime: `python -m qat.runtimes.X REQUEST ANSWER --path PATH`. Exits 2 on a UserError."""
+    """The command line of every runtime, `python -m qat.runtimes.X REQUEST ANSWER --path PATH`: exits 0, 2 or 3."""
     parser = argparse.ArgumentParser()
     parser.add_argument("request", type=Path)
     parser.add_argument("answer", type=Path)

@@ -1,8 +1,8 @@
 """Run a GGUF file in real llama.cpp: the `llama-server` on PATH if there is one, else the `xllamacpp` wheel's server.
 
-Both speak the same HTTP API, on the loopback only. Settings are those under which llama.cpp on a CPU can be compared with
-torch: float32 KV cache, no flash attention, one slot. A text is scored in one request: a grammar of token-id terminals
-forces every next token, while the reported log-probabilities are those before grammar and sampling.
+Both speak the same HTTP API, on the loopback only. Settings are those under which llama.cpp on a CPU can be compared
+with torch: float32 KV cache, no flash attention, one slot. A text is scored in one request: a grammar of token-id
+terminals forces every next token, while the reported log-probabilities are those before grammar and sampling.
 """
 
 import json
@@ -164,9 +164,10 @@ def _binary(program: str, file: Path, n_ctx: int) -> Iterator[_Server]:
 def _wheel(file: Path, n_ctx: int) -> Iterator[_Server]:
     """The server inside the `xllamacpp` wheel, in this process."""
     try:
-        import xllamacpp as x
+        import xllamacpp
     except ImportError:
         raise UserError(_INSTALL) from None
+    x: Any = xllamacpp  # a compiled module without type hints
     params = x.CommonParams()
     params.model.path = str(file)
     params.hostnames = ["127.0.0.1"]
