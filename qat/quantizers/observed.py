@@ -15,12 +15,14 @@ from qat.scheme import STORED, QuantSpec
 class Observed(FakeQuantize):
     """scale, offset: (1, 1), in the state dict with the observer's own state, so a resume continues exactly.
 
-    calibrating: every batch updates the observer and the grid. active: so does every training batch, until frozen.
+    calibrating: every batch updates the observer, and setting it back to False updates the grid. active: every
+    training batch updates both, until frozen.
     """
 
     def __init__(self, spec: QuantSpec, observer: Callable[[], Observer]) -> None:
         super().__init__(spec)
-        self.calibrating = False
+        self._calibrating = False
+        self._ready = False  # `batches` is known not to be 0: spares a look at a device tensor on every step
         self.observer = observer()
         self.scale: Tensor
         self.offset: Tensor | None
@@ -32,24 +34,47 @@ class Observed(FakeQuantize):
         self.active: Tensor  # a buffer, so that "frozen" survives a resume
         self.register_buffer("active", torch.tensor(True))
 
+    @property
+    def calibrating(self) -> bool:
+        return self._calibrating
+
+    @calibrating.setter
+    def calibrating(self, value: bool) -> None:
+        ended = self._calibrating and not value
+        self._calibrating = value
+        if ended and int(self.batches) > 0:
+            self.update_grid()  # once, not after each batch: a search over a histogram takes milliseconds
+
     def observe(self, x: Tensor) -> None:
-        """Update the range and the grid from one batch. Raises UserError if x holds NaN or infinity."""
+        """Let the observer see one batch. Raises UserError if x holds NaN or infinity."""
         if x.numel() == 0:
             return
         if not torch.isfinite(x).all():
             raise UserError("an activation that is being calibrated holds NaN or infinity; check the model and data")
         self.observer.update(x)
         self.batches += 1
+
+    def update_grid(self) -> None:
+        """Scale and offset from what the observer has seen. Raises UserError if the scale overflows its dtype."""
         low, high = self.observer.range(self.spec)
         q = qparams_from_range(low.reshape(1, 1), high.reshape(1, 1), self.spec)
+        if not torch.isfinite(q.scale).all():
+            raise UserError(f"activations up to {float(high):.3g} overflow a {self.spec.scale} scale; use float32 scales")
         self.scale.copy_(q.scale)
         if self.offset is not None and q.offset is not None:
             self.offset.copy_(q.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.calibrating or (self.training and self.active):
+        if self._calibrating:
             self.observe(x.detach())
+        elif self.training and self.active and x.numel():
+            self.observe(x.detach())
+            self.update_grid()
         return super().forward(x)
 
     def qparams(self, x: Tensor) -> QParams:
+        if not self._ready:
+            if int(self.batches) == 0:
+                raise UserError("a static input range is used before any batch was seen: call qat.calibrate first")
+            self._ready = True
         return QParams(self.scale, self.offset)
