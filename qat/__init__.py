@@ -6,6 +6,8 @@ Everything here is imported on first use (PEP 562), so that `import qat` costs n
 from importlib import import_module
 from typing import Any
 
+from qat import hf_plugin
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -34,3 +36,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+hf_plugin.install()  # "qat" folders load through transformers once this is imported

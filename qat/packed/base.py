@@ -1,0 +1,156 @@
+"""What the packed layers share: int32 words and scales as their state, and values made of them for one forward pass.
+
+Values are computed in float32 with the arithmetic of affine.py, a slab of rows at a time, and cast last, so they are bit
+for bit those of the fake-quantized layer.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from qat.affine import QParams, choose_qparams, fake_quantize, from_codes, tile
+from qat.export.hf_layout import matrix, to_codes, to_offset
+from qat.scheme import STORED, QuantSpec, check_block
+
+SLAB = 2**18  # weights dequantized at a time: their temporaries stay in the processor's cache
+
+
+class PackedLayer(nn.Module):
+    """weight: int32 words (out, ceil(in * bits / 32)), or the float parameter if only the input is quantized.
+
+    The buffers are those of `hf_layout.encode` and keep their stored dtype whatever `.to(dtype)` asks for; `dtype` is
+    that of the layer's other numbers, and of an embedding's output.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor | None
+    weight_offset: Tensor | None
+    input_scale: Tensor | None
+    input_offset: Tensor | None
+    spec: QuantSpec | None
+    input_spec: QuantSpec | None
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, spec: QuantSpec | None, inputs: QuantSpec | None, static: bool) -> Self:
+        """An empty packed layer in the place of a float one, on the same device; takes over its attributes and bias.
+
+        spec, inputs: of weight and input; None = floating point. static: the input's scale is stored.
+        """
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        own = set(new.__dict__)
+        new.__dict__.update({k: v for k, v in layer.__dict__.items() if k not in own})
+        weight: Tensor = layer.weight  # pyright: ignore[reportAssignmentType]
+        new.kind = type(layer).__name__
+        new.shape = tuple(weight.shape)
+        new.rows, new.cols = matrix(new.kind, new.shape)
+        new.spec, new.input_spec, new.static = spec, inputs, static
+        for name in ("weight_scale", "weight_offset", "input_scale", "input_offset"):
+            new.register_buffer(name, None)
+        new.register_buffer("like", weight.new_empty(0), persistent=False)
+        if "bias" in layer._parameters:
+            new.bias = layer.bias
+        if spec is None:
+            new.weight = weight
+        else:
+            new._allocate(spec, weight.device)
+        if inputs is not None and static:
+            new.input_scale, new.input_offset = _grid((1, 1), inputs, weight.device)
+            if inputs.offset == "zero_point":
+                new.input_offset = torch.empty(1, 1, dtype=torch.int32, device=weight.device)
+        return new.train(layer.training)
+
+    def _allocate(self, spec: QuantSpec, device: torch.device) -> None:
+        r, c = check_block((self.rows, self.cols), spec.block)
+        words = -(-self.cols * spec.type.bits // 32)
+        self.weight = nn.Parameter(torch.empty(self.rows, words, dtype=torch.int32, device=device), requires_grad=False)
+        grid = (self.rows // r, self.cols // c)
+        self.weight_scale, self.weight_offset = _grid(grid, spec, device)
+        if spec.offset == "zero_point":
+            packed = -(-grid[0] * spec.type.bits // 32)
+            self.weight_offset = torch.empty(packed, grid[1], dtype=torch.int32, device=device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def values(self, index: Tensor | slice, dtype: torch.dtype, offset: Tensor | None) -> Tensor:
+        """Rows of the weight (n, in). offset: that of the whole weight, as `offsets` gives it."""
+        assert self.spec is not None and self.weight_scale is not None
+        r, c = check_block((self.rows, self.cols), self.spec.block)
+        at = index
+        if r > 1:
+            rows = torch.arange(self.rows, device=self.weight.device)[index] if isinstance(index, slice) else index
+            at = rows // r
+        codes = to_codes(self.weight[index], self.spec, self.cols)
+        some = None if offset is None else offset[at]
+        return from_codes(tile(codes, (1, c)), self.weight_scale[at], some, self.spec, dtype)
+
+    def offsets(self) -> Tensor | None:
+        """The offset of the whole weight, (out / r, in / c)."""
+        assert self.spec is not None
+        r, _ = check_block((self.rows, self.cols), self.spec.block)
+        return to_offset(self.weight_offset, self.spec, self.rows // r)
+
+    def slabs(self, start: int, stop: int) -> list[slice]:
+        """Rows start..stop in pieces of about SLAB weights."""
+        step = max(1, SLAB // self.cols)
+        return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+    def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop of the weight (out, in) in `dtype`: a new tensor, for the caller to drop."""
+        stop = self.rows if stop is None else stop
+        if self.spec is None:
+            w = self.weight.t() if self.kind == "Conv1D" else self.weight.reshape(self.rows, self.cols)
+            return w[start:stop].to(dtype)
+        out = torch.empty(stop - start, self.cols, dtype=dtype, device=self.weight.device)
+        offset = self.offsets()
+        for piece in self.slabs(start, stop):
+            out[piece.start - start : piece.stop - start] = self.values(piece, dtype, offset)
+        return out
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(
+                f"a packed layer got {x.dtype} activations: this architecture casts them to the dtype of the weight, "
+                "which packed integers cannot give; load it with transformers from a float checkpoint instead"
+            )
+        spec = self.input_spec
+        if spec is None:
+            return x
+        rows = x.reshape(-1, x.shape[-1])
+        static = None if self.input_scale is None else QParams(self.input_scale, self.input_offset)
+        return fake_quantize(rows, static or choose_qparams(rows, spec), spec).reshape(x.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {n: b for n, b in self._buffers.items() if b is not None and n != "like"}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def tie(self, holder: "PackedLayer") -> None:
+        """Use the words and scales of `holder`, which has the same weight."""
+        self.weight = holder.weight
+        self.weight_scale, self.weight_offset = holder.weight_scale, holder.weight_offset
+
+    def extra_repr(self) -> str:
+        taken = f", input {self.input_spec.label()}" if self.input_spec else ""
+        return f"{self.kind} ({self.rows}, {self.cols}), {self.spec.label() if self.spec else 'float'}{taken}"
+
+
+def _grid(shape: tuple[int, int], spec: QuantSpec, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    scale = torch.empty(shape, dtype=STORED[spec.scale], device=device)
+    if spec.offset is None or spec.offset == "zero_point":
+        return scale, None
+    return scale, torch.empty(shape, dtype=STORED[spec.offset], device=device)
+
+
+def packed_state(layer: PackedLayer) -> dict[str, Any]:
+    """Bytes that the weight needs in memory, by part."""
+    parts = {"weight": layer.weight, "weight_scale": layer.weight_scale, "weight_offset": layer.weight_offset}
+    return {name: t.nbytes for name, t in parts.items() if t is not None}
