@@ -5,6 +5,7 @@ transformers only warns where weights are missing (and draws them at random) or 
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,28 @@ class Loaded(NamedTuple):
     tokenizer: Any
     source: str
     fallback: hub.Fallback | None
+
+    @property
+    def name(self) -> str:
+        """The name that reports use."""
+        return self.source
+
+
+@dataclass(kw_only=True)
+class Pretrained:
+    """`model=` in a recipe: cheap to build; `load` does the work, with the options of the function `load`."""
+
+    path: str | None
+    name: str = "hf"
+    dtype: str = "float32"
+    device_map: Any = None
+    offline: str = "error"
+    explicit: bool = False
+    trust_remote_code: bool = False
+
+    def load(self, data: Any = None) -> Loaded:
+        """The model and its tokenizer; `data` is of no use here."""
+        return load(**vars(self))
 
 
 def load(
@@ -161,12 +184,13 @@ def _model(folder: Path, label: str, config: dict[str, Any], options: dict[str, 
 
     try:
         # Mismatched sizes are let through here only to be named below.
-        model, found = AutoModelForCausalLM.from_pretrained(
+        pair: Any = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         kind = config.get("model_type", "none named")
         raise UserError(f"{label} (model type {kind}) cannot be loaded: {hub.first_line(e)}") from e
+    model, found = pair
     lost = sorted(found["missing_keys"] | {key for key, *_ in found["mismatched_keys"]})
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

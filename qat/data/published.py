@@ -1,0 +1,85 @@
+"""A data set on the hub: which of its files belong to which split, and their download."""
+
+import fnmatch
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import DatasetCard
+
+from qat import hub
+from qat.data.readers import READERS, find
+from qat.errors import UserError
+
+STAND_IN = "stdlib"
+SUFFIXES = tuple(READERS)
+REMEDY = (
+    "Add data=stdlib for the embedded corpus, or data=custom data.path=FILE for your own; "
+    "`python train.py recipe=quickstart` needs no network at all"
+)
+WORDS = {"test": "test|testing", "validation": "validation|valid|val|dev|eval", "train": "train|training"}
+
+
+def fetch(repo: str, config: str | None, key: str) -> dict[str, list[Path]]:
+    """Files by split ("train", and where declared "validation", "test") of one configuration of a hub data set.
+
+    Raises hub.Unreachable and UserError (see hub.fetch), UserError also for a configuration or format it lacks.
+    """
+
+    def choose(info: Any) -> list[str]:
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        card = info.card_data.to_dict() if info.card_data else {}
+        return ["README.md", *(name for files in _splits(repo, names, card, config).values() for name in files)]
+
+    def complete(folder: Path) -> bool:
+        try:
+            return all(_cached_splits(repo, folder, config).values())
+        except UserError:
+            return False
+
+    folder = hub.fetch(repo, "dataset", key, choose=choose, complete=complete)
+    splits = _cached_splits(repo, folder, config)
+    return {split: [file for name in names for file in find(folder / name, key)] for split, names in splits.items()}
+
+
+def _cached_splits(repo: str, folder: Path, config: str | None) -> dict[str, list[str]]:
+    names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+    readme = folder / "README.md"
+    card = DatasetCard(readme.read_text(encoding="utf-8")).data.to_dict() if readme.is_file() else {}
+    return _splits(repo, names, card, config)
+
+
+def _splits(repo: str, names: list[str], card: dict[str, Any], config: str | None) -> dict[str, list[str]]:
+    """File names by split, as the card declares them (configs[].data_files), else by the words in the names."""
+    configs = {c["config_name"]: c.get("data_files") for c in card.get("configs") or []}
+    if config is None and len(configs) > 1 and "default" not in configs:
+        raise UserError(f"{repo} has several configurations; choose data.config={'|'.join(configs)}")
+    if config is not None and config not in configs:
+        have = f"it has {', '.join(configs)}" if configs else "it has none"
+        raise UserError(f"{repo} has no configuration '{config}'; {have}")
+    declared = configs.get(config or ("default" if "default" in configs else next(iter(configs), "")))
+    readable = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+    splits: dict[str, list[str]] = {}
+    if declared:
+        for entry in [declared] if isinstance(declared, str | dict) else declared:
+            split, patterns = ("train", entry) if isinstance(entry, str) else (entry["split"], entry["path"])
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                splits.setdefault(split, []).extend(n for n in readable if fnmatch.fnmatch(n, pattern))
+    else:
+        for name in readable:
+            splits.setdefault(_word(name), []).append(name)
+    splits = {name: files for name, files in splits.items() if files}
+    if not splits:
+        raise UserError(f"{repo} holds no files of the kinds that are read: {', '.join(SUFFIXES)}")
+    if "train" not in splits:
+        if len(splits) > 1:
+            raise UserError(f"{repo} has no split 'train' but {', '.join(splits)}; give the files with data.path")
+        splits = {"train": next(iter(splits.values()))}
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def _word(name: str) -> str:
+    for split, words in WORDS.items():
+        if re.search(rf"(^|[^a-z])({words})([^a-z]|$)", name.lower()):
+            return split
+    return "train"
