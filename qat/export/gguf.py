@@ -31,6 +31,7 @@ from qat.export.gguf_tokenizer import write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec
 
+RUNTIME = "llama_cpp"
 FILE = "model.gguf"
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ def head_dim(config: Config) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
+@cache
 def names(model_type: str, layers: int) -> dict[str, str]:
     """Hugging Face parameter name -> GGUF tensor name, for every parameter the family can have."""
     family = FAMILIES[model_type]

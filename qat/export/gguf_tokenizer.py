@@ -2,10 +2,13 @@
 
 Two kinds exist in the families we export: byte-level BPE (GPT-2, Llama 3, Qwen), which llama.cpp calls "gpt2" and
 tells apart by the name of a pre-tokenizer regex; and SentencePiece-style BPE with byte fallback (Llama 2, Mistral),
-which it calls "llama" and drives by scores. What llama.cpp would split differently is refused.
+which it calls "llama" and drives by scores. What llama.cpp would split differently is refused, but for two rarities
+that every GGUF file has (`known_difference`).
 """
 
 import json
+import os
+import unicodedata
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -148,6 +151,27 @@ def write_tokenizer(w: GGUFWriter, files: dict[str, bytes], config: dict[str, An
     template = files.get("chat_template.jinja", b"").decode() or settings.get("chat_template")
     if template:
         w.add_chat_template(template)
+
+
+def refuse_tokenizer(files: dict[str, bytes], config: dict[str, Any]) -> str | None:
+    """Why GGUF cannot hold this tokenizer, known before any training; None if it can."""
+    try:
+        write_tokenizer(GGUFWriter(os.devnull, "none"), files, config, config["vocab_size"])  # never written
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def known_difference(files: dict[str, bytes], line: str) -> str | None:
+    """Why llama.cpp splits this line differently in any GGUF file of such a tokenizer; None if it must be equal."""
+    spec = json.loads(files["tokenizer.json"])
+    composes = any(s["type"] == "NFC" for s in _steps(spec["normalizer"], "normalizers"))
+    if composes and not unicodedata.is_normalized("NFC", line):
+        return "llama.cpp does not compose characters (NFC)"
+    for step in _steps(spec["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace" and step["prepend_scheme"] != "never" and line.startswith((" ", "▁")):
+            return "llama.cpp, as SentencePiece, puts a space before a line that begins with one; tokenizers does not"
+    return None
 
 
 def _write_special(

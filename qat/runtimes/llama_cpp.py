@@ -217,6 +217,13 @@ def tokenize(path: Path, lines: list[str]) -> list[list[int]]:
         return [server.tokens(line) for line in lines]
 
 
+def complete(path: Path, request: str) -> str:
+    """Generated text. request: the JSON body of llama.cpp's /completion, at least `prompt` and `n_predict`."""
+    body = json.loads(request)
+    with _serve(path, len(body["prompt"].encode()) + body["n_predict"] + 8) as server:
+        return server.post("/completion", **body)["content"]
+
+
 def version(path: Path | None = None, _: Tensor | None = None) -> str:
     """Which llama.cpp runs here, for the report. Arguments are ignored (`run` passes them to every function)."""
     if program := shutil.which("llama-server"):
@@ -230,4 +237,4 @@ def version(path: Path | None = None, _: Tensor | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main(score, logprobs, tokenize, version)
+    main(score, logprobs, tokenize, complete, version)

@@ -170,6 +170,15 @@ def test_run_in_a_process_of_its_own(llama: tuple[PreTrainedModel, Path], tokeni
     assert answer["version"].startswith(("xllamacpp 20", "llama-server "))
 
 
+def test_complete_generates_greedily(llama: tuple[PreTrainedModel, Path], tokenizer: Tokenizer) -> None:
+    model, path = llama
+    ids = torch.tensor([tokenizer.encode("def f").ids])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    request = json.dumps({"prompt": "def f", "n_predict": 8, "temperature": 0})
+    said = run("llama_cpp", path, complete=request)["complete"]
+    assert said == tokenizer.decode(out[0, ids.shape[1] :].tolist())
+
+
 def test_a_broken_file_is_a_verification_failure(llama: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(llama[1].read_bytes()[:20_000])
     with pytest.raises(VerifyError, match="cannot load"):
