@@ -31,12 +31,14 @@ class Task(pl.LightningModule):
         Raises UserError if a gradient is not finite, before it can spoil the weights.
         """
         named = [(name, p) for name, p in self.model.named_parameters() if p.grad is not None]
-        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
-        self.grad_norm = nn.utils.clip_grad_norm_([p for _, p in named], limit)
+        self.grad_norm = nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
         if not torch.isfinite(self.grad_norm):
-            bad = [name for name, p in named if not torch.isfinite(p.grad).all()]  # type: ignore[arg-type]
-            where = f"first in {bad[0]}" if bad else "their norm overflows"
+            bad = [name for name, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+            # the backward pass runs from the last layer to the first, so the last one listed was hit first
+            where = f"first in {bad[-1]}" if bad else "their norm overflows"
             raise UserError(f"the gradients became non-finite at step {self.global_step}, {where}; {REMEDY}")
+        if gradient_clip_val is not None:
+            nn.utils.clip_grads_with_norm_([p for _, p in named], gradient_clip_val, self.grad_norm)
 
     def items(self, batch: Any) -> int:
         """How many items (tokens, images) a batch has: speed is counted in them."""

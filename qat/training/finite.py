@@ -1,10 +1,10 @@
-"""Stops at the first non-finite loss and says which layer it came from and what to do."""
+"""Stops at the first non-finite loss, before it spoils the weights, and says which layer it came from."""
 
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import UserError
 
@@ -12,17 +12,22 @@ REMEDY = "lower optimizer.lr, lengthen optimizer.warmup_steps, or set trainer.pr
 
 
 class StopOnNonFinite(pl.Callback):
-    """Checks each loss; the gradients are checked where they are clipped."""
+    """Checks every loss before its backward pass; gradients are checked where they are clipped."""
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def __init__(self) -> None:
+        self.batch: Any = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Raise UserError if the loss is not finite."""
-        if not torch.isfinite(outputs["loss"]):
-            layer = first_non_finite(pl_module, batch)
-            raise UserError(
-                f"the loss became {outputs['loss'].item()} at step {trainer.global_step}: {layer}; {REMEDY}"
-            )
+        """Keep the batch, to run it again should its loss be bad."""
+        self.batch = batch
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Raise UserError with step, layer and remedy if the loss is not finite."""
+        if not torch.isfinite(loss):
+            layer = first_non_finite(pl_module, self.batch)
+            raise UserError(f"the loss became {loss.item()} at step {trainer.global_step}: {layer}; {REMEDY}")
 
 
 @torch.no_grad()
@@ -36,7 +41,7 @@ def first_non_finite(module: pl.LightningModule, batch: Any) -> str:
     def watch(name: str) -> Any:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
-            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 found.append(f"first non-finite output in layer {name} ({type(layer).__name__})")
 
         return hook

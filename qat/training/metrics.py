@@ -86,7 +86,7 @@ class LogMetrics(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Task) -> None:
         """Drop what an interrupted run wrote after its last checkpoint."""
-        self.since = time.perf_counter()
+        self.since, self.logged = time.perf_counter(), trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, CsvMetrics):
                 logger.rewind(trainer.global_step)

@@ -16,7 +16,7 @@ class CausalLM(Task):
     def __init__(self, *, model: nn.Module, optimizer: Optimizer, gradient_checkpointing: bool = False) -> None:
         super().__init__(model=model, optimizer=optimizer)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable()  # type: ignore[operator]
         self.validation_loss = MeanMetric().set_dtype(torch.float64)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

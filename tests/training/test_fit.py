@@ -1,0 +1,116 @@
+"""Training arms: resumed at any point they equal the uninterrupted one, quantizer state included."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import StopAt, gpt2, train
+from torch import nn
+
+from qat.convert import fake_quantizers, prepare
+from qat.errors import UserError
+from qat.quantizers.lsq import LSQ
+from qat.scheme import QuantSpec, Rule, Scheme
+from qat.training.schedule import QuantSchedule
+
+
+def prepared() -> nn.Module:
+    """int4 weights with learned scales, static int8 inputs."""
+    weight = QuantSpec(qtype="int4", block=(1, 16))
+    input_ = QuantSpec(qtype="int8", block=(-1, -1), scale="float32")
+    rule = Rule(type="Conv1D", scheme=Scheme(weight=weight, input=input_, static=True))
+    return prepare(gpt2(), [rule], weight=LSQ)
+
+
+def last(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 8], ids=lambda step: f"killed-in-step-{step}")
+def test_interrupted_arm_ends_bit_identical(tmp_path: Path, step: int) -> None:
+    """Before the first checkpoint, within the delay, after it, after the observers froze."""
+
+    def schedule() -> QuantSchedule:
+        return QuantSchedule(quant_start_step=4, observer_freeze_step=7)
+
+    train(prepared(), tmp_path / "whole", callbacks=[schedule()])
+    with pytest.raises(ConnectionAbortedError):
+        train(prepared(), tmp_path / "cut", callbacks=[schedule(), StopAt(step)])
+    torch.manual_seed(99)  # nothing may depend on the state the resumed process starts in
+    fitted = train(prepared(), tmp_path / "cut", callbacks=[schedule()])
+    expected, found = last(tmp_path / "whole"), last(tmp_path / "cut")
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert fitted.steps == 10
+    assert fitted.items == 10 * 2 * 3 * 16
+
+
+def test_metrics_continue_across_a_resume(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionAbortedError):
+        train(gpt2(), tmp_path, callbacks=[StopAt(5)])
+    train(gpt2(), tmp_path)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(1, 11))
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [4, 8, 10]
+
+
+class Watch(QuantSchedule):
+    """Notes at each batch whether the quantizers are on."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        on = {quantizer.enabled for quantizer in fake_quantizers(pl_module).values()}
+        self.seen = [*getattr(self, "seen", []), (trainer.global_step, on)]
+
+
+def test_fake_quant_starts_at_its_step(tmp_path: Path) -> None:
+    watch = Watch(quant_start_step=4)
+    train(prepared(), tmp_path, callbacks=[watch])
+    assert watch.seen == [(step, {step >= 4}) for step in range(10) for _ in range(2)]
+
+
+def test_best_weights_are_left_in_the_model(tmp_path: Path) -> None:
+    model = gpt2()
+    fitted = train(model, tmp_path)
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(best["model.transformer.wte.weight"], model.transformer.wte.weight)
+    with (tmp_path / "metrics.csv").open() as file:
+        validations = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+    assert fitted.best_loss == pytest.approx(min(validations), rel=1e-5)
+
+
+def test_zero_steps_train_nothing(tmp_path: Path) -> None:
+    assert train(gpt2(), tmp_path, max_steps=0).steps == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_an_end_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="max_steps"):
+        train(gpt2(), tmp_path, max_steps=-1)
+
+
+def test_non_finite_loss_names_step_layer_and_remedy(tmp_path: Path) -> None:
+    model = gpt2()
+
+    class Spoil(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x / 0 if self.calls > 5 else x
+
+    model.transformer.h[1].mlp.act = Spoil()
+    expected = r"step 2: first non-finite output in layer model\.transformer\.h\.1\.mlp\.act .*optimizer\.lr"
+    with pytest.raises(UserError, match=expected):
+        train(model, tmp_path)
+
+
+def test_non_finite_gradient_stops_before_the_weights(tmp_path: Path) -> None:
+    model = gpt2()
+    model.transformer.h[0].attn.c_attn.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=r"gradients.* step 0, first in transformer\.h\.0\.attn\.c_attn\.weight"):
+        train(model, tmp_path)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
