@@ -92,8 +92,8 @@ def _read(path: Path) -> str | None:
 
 
 def _after(lines: Sequence[Row]) -> Row | None:
-    """What the run produced: the smallest export that ran, else the trained or converted model, if there is one."""
-    ran = [row for row in lines if row.exported and "loss" in row.figures]
+    """What the run produced: the smallest sound export that ran, else the last arm, if there is one."""
+    ran = [row for row in lines if row.verified and "loss" in row.figures]
     if ran:
         return min(ran, key=lambda row: row.figures["bytes"])
     arms = {row.key: row for row in lines}

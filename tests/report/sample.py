@@ -15,6 +15,7 @@ from qat.report.html import write_html
 from qat.report.schema import Report, recovered, write_report
 
 BLOCKS = 8
+INT4, INT8 = "int4 (1, 32) absmax portable", "int8 (1, 32) absmax portable"
 KINDS = {"attn.c_attn": (256, 768), "attn.c_proj": (256, 256), "mlp.c_fc": (256, 1024), "mlp.c_proj": (1024, 256)}
 FLOAT_BYTES, INT4_BYTES = 29_600_000, 4_870_000
 CONFIG = """recipe: gpt2_int4
@@ -39,13 +40,13 @@ def language_stage(loss: float, size: int, quantized: int = 0) -> Any:
 def coverage() -> list[Any]:
     """Parameters of a GPT-2 with eight blocks."""
     out: list[Any] = [
-        {"name": "transformer.wte.weight", "shape": [4096, 256], "scheme": "int8 1x32", "reason": "rule .*wte, tied"},
+        {"name": "transformer.wte.weight", "shape": [4096, 256], "scheme": INT8, "reason": "rule .*wte, tied"},
         {"name": "transformer.wpe.weight", "shape": [1024, 256], "scheme": "float", "reason": "no rule matches"},
     ]
     for block in range(BLOCKS):
         for kind, shape in KINDS.items():
             name = f"transformer.h.{block}.{kind}"
-            out.append({"name": f"{name}.weight", "shape": list(shape), "scheme": "int4 1x32", "reason": "rule Conv1D"})
+            out.append({"name": f"{name}.weight", "shape": list(shape), "scheme": INT4, "reason": "rule Conv1D"})
             out.append({"name": f"{name}.bias", "shape": [shape[1]], "scheme": "float", "reason": "a bias"})
         for norm in ("ln_1", "ln_2"):
             for part in ("weight", "bias"):
@@ -56,15 +57,13 @@ def coverage() -> list[Any]:
 
 def layers(rng: random.Random) -> list[Any]:
     """SQNR near 21 dB for int4 at block 32, less where weights are heavy-tailed; clipping near half a percent."""
-    out: list[Any] = [
-        {"name": "transformer.wte", "sqnr_db": 43.6, "clip_rate": 0.0004, "bits": 8.5, "scheme": "int8 1x32"}
-    ]
+    out: list[Any] = [{"name": "transformer.wte", "sqnr_db": 43.6, "clip_rate": 0.0004, "bits": 8.5, "scheme": INT8}]
     for block in range(BLOCKS):
         for index, kind in enumerate(KINDS):
             sqnr = 21.3 - index * 0.4 - (3.5 if block == 0 and index == 1 else 0) + rng.gauss(0, 0.35)
             clip = abs(rng.gauss(0.006, 0.002)) * (2.2 if index == 3 else 1)
             name = f"transformer.h.{block}.{kind}"
-            out.append({"name": name, "sqnr_db": sqnr, "clip_rate": clip, "bits": 4.5, "scheme": "int4 1x32"})
+            out.append({"name": name, "sqnr_db": sqnr, "clip_rate": clip, "bits": 4.5, "scheme": INT4})
     return out
 
 
@@ -177,6 +176,8 @@ def ptq_report() -> Report:
     for key in ("recovered", "fallback"):
         del report[key]
     stages = {arm: report["stages"][arm] for arm in ("float", "ptq")}
+    for entry in report["exports"].values():
+        entry |= {key: report["stages"]["ptq"][key] for key in ("loss", "perplexity")}
     return report | {"recipe": "gpt2_int8", "stages": stages, "timing": {"total_seconds": 41.0}}
 
 

@@ -26,6 +26,7 @@ DARK = ("--force-dark-mode", "--blink-settings=preferredColorScheme=0")
 VIEWS: dict[str, tuple[tuple[int, int], tuple[str, ...]]] = {
     "light": ((1280, 900), ()),
     "dark": ((1280, 900), DARK),
+    "tablet": ((720, 1000), ()),
     "phone": ((390, 844), ()),
 }
 
@@ -39,6 +40,13 @@ PROBE = """<script>addEventListener("load", () => {
   out.overflowOpen = root.scrollWidth - root.clientWidth;
   out.drawn = all("path.line").map((path) => path.getBoundingClientRect()).map((box) => [box.width, box.height]);
   out.bars = all("rect").filter((bar) => bar.getBoundingClientRect().height > 0).length;
+  const lines = (cell) => {
+    const range = document.createRange();
+    range.selectNodeContents(cell);
+    return new Set([...range.getClientRects()].map((box) => Math.round(box.bottom))).size;
+  };
+  out.brokenFigures = all(".plain td:not(.text), .results td:not(.text)").filter((cell) => lines(cell) > 1)
+    .map((cell) => cell.textContent);
   out.text = Math.min(...all("main *").filter((e) => e.textContent.trim() && !e.closest("svg"))
     .map((e) => parseFloat(getComputedStyle(e).fontSize)));
   const area = document.querySelector(".area"), box = area.getBoundingClientRect();
@@ -90,19 +98,24 @@ def complaints(log: str) -> list[str]:
     return [line for line in log.splitlines() if ":CONSOLE" in line]
 
 
-@pytest.fixture(scope="module", params=list(VIEWS))
-def probed(request: Any, chromium: str, page: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
-    """The view and what the probe measured in it."""
-    copy = page.with_name("probe.html")
-    copy.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
-    if request.param == "phone":
-        copy = page.with_name("frame.html")
+def measure(chromium: str, page: Path, folder: Path, view: str, fault: str = "") -> Any:
+    """What the probe finds in a copy of the page, with `fault` put into it."""
+    copy = folder / "probe.html"
+    copy.write_text(page.read_text().replace("</body>", f"{fault}{PROBE}</body>"))
+    if view == "phone":
+        copy = folder / "frame.html"
         copy.write_text(FRAME)
-    dom, log = browse(chromium, copy, tmp_path_factory.mktemp("profile"), request.param, "--dump-dom")
+    dom, log = browse(chromium, copy, folder / "profile", view, "--dump-dom")
     assert complaints(log) == []
     found = re.search(r'data-probe="([^"]*)"', dom)
     assert found, "the probe did not finish"
-    return request.param, json.loads(html.unescape(found[1]))
+    return json.loads(html.unescape(found[1]))
+
+
+@pytest.fixture(scope="module", params=list(VIEWS))
+def probed(request: Any, chromium: str, page: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """The view and what the probe measured in it."""
+    return request.param, measure(chromium, page, tmp_path_factory.mktemp("probe"), request.param)
 
 
 def test_charts_are_drawn_and_nothing_scrolls_sideways(probed: tuple[str, Any]) -> None:
@@ -113,6 +126,7 @@ def test_charts_are_drawn_and_nothing_scrolls_sideways(probed: tuple[str, Any]) 
     assert all(width > 200 and height > 50 for width, height in out["drawn"])
     assert out["bars"] == 2 * len(sample.language_report().get("layers", []))
     assert out["text"] >= 12
+    assert out["brokenFigures"] == []
 
 
 def test_the_script_reads_out_filters_and_changes_themes(probed: tuple[str, Any]) -> None:
@@ -133,6 +147,13 @@ def test_rendered_dom_has_the_charts_and_the_log_is_clean(chromium: str, page: P
     assert dom.count("<figure") == 4
     assert 'data-arm="qat"' in dom
     assert "Theme: auto" in dom
+
+
+def test_a_crowded_page_would_be_noticed(chromium: str, page: Path, tmp_path: Path) -> None:
+    fault = "<style>main { min-width: 600px; } td { white-space: normal !important; max-width: 1rem; }</style>"
+    out = measure(chromium, page, tmp_path, "phone", fault)
+    assert out["overflow"] > 200
+    assert "29.6 MB" in out["brokenFigures"]
 
 
 @pytest.mark.parametrize("fault", ["<script>nothing.here()</script>", '<img src="http://127.0.0.1:9/x.png">'])

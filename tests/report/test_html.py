@@ -95,7 +95,7 @@ def test_every_layer_parameter_and_arm_is_on_the_page(runs: dict[str, Path]) -> 
     for entry in report["coverage"]:
         line = f"{entry['name']}{' × '.join(map(str, entry['shape']))}{entry['scheme']}{entry['reason']}"
         assert line.replace(" ", "") in coverage
-    assert "int4 1x32 82.47% of the weights, 32 parameters" in re.sub(r"\s+", " ", page.text["coverage"])
+    assert f"{sample.INT4} 82.47% of the weights, 32 parameters" in re.sub(r"\s+", " ", page.text["coverage"])
     assert len(page.named("div", "size")) == 1 + len(report["exports"])
     assert "quant_start_step: 200" in page.text["setup"]
 
@@ -137,12 +137,13 @@ def test_missing_files_are_said_on_the_page(runs: dict[str, Path], tmp_path: Pat
 
 def test_failed_verification_is_loud(tmp_path: Path) -> None:
     report: Any = sample.language_report()
-    report["exports"]["hf"]["weights_equal"] = False
+    report["exports"]["hf"]["weights_equal"] = report["exports"]["gguf"]["codes_equal"] = False
     page = Page(render(sample.write_run(tmp_path / "run", report)))
     assert len(page.named("section", "failed")) == 1
     summary = re.sub(r"\s+", " ", page.text[""])
-    assert "were decided: hf. Do not use it." in summary
-    assert "Exports verified 2 of 3 not equal: hf" in summary
+    assert "were decided: gguf, hf. Do not use it." in summary
+    assert "smaller, as gptq" in summary  # the headline is not about a broken file, small as it is
+    assert "Exports verified 1 of 3 not equal: gguf, hf" in summary
 
 
 def test_runs_without_quantization_or_exports_leave_those_parts_out(runs: dict[str, Path]) -> None:
