@@ -74,6 +74,9 @@ def launch(composed: DictConfig) -> None:
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     chosen = HydraConfig.get()
     config["recipe"] = chosen.runtime.choices.recipe
+    config["target"] = chosen.runtime.choices.get("target")
+    if isinstance(config["export"], str):
+        config["export"] = [name for name in config["export"].replace("+", ",").split(",") if name]
     given = {overrides.split(override)[0] for override in chosen.overrides.task}
     for name in ("model", "data"):  # a stand-in never replaces what the user named
         if "explicit" in config[name]:

@@ -5,6 +5,7 @@ token), `prompts` [m, L] int64 and `logprobs` [m, V] after each prompt. Classifi
 `logits` [n, C]. The answers are the fake-quantized model's own, computed in the process that trained it.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -42,6 +43,21 @@ def answer_images(model: nn.Module, batch: Evaluated) -> Evaluated:
     logits = model(batch["x"].to(next(model.parameters()).device)).float().cpu()
     model.train(training)
     return {**batch, "logits": logits}
+
+
+def answer(model: nn.Module, batch: Evaluated, batch_size: int) -> Evaluated:
+    """`batch` with the model's answers, text or classification by its keys."""
+    return answer_text(model, batch, batch_size) if "input_ids" in batch else answer_images(model, batch)
+
+
+def figures(answers: Evaluated) -> dict[str, float]:
+    """{"loss", "perplexity"} or {"loss", "accuracy"} of a batch with answers; loss in nats, accuracy a share of 1."""
+    if "nll" in answers:
+        loss = mean_loss(answers["nll"], answers["labels"])
+        return {"loss": loss, "perplexity": math.exp(loss)}
+    logits, labels = answers["logits"].double(), answers["labels"]
+    loss = float(nn.functional.cross_entropy(logits, labels))
+    return {"loss": loss, "accuracy": float((logits.argmax(-1) == labels).double().mean())}
 
 
 def save(answers: Evaluated, path: Path) -> None:

@@ -1,32 +1,41 @@
-"""The stages of a run, in order. Plain objects in, a run folder out; knows nothing of Hydra.
+"""The stages of a run, in order, readable from top to bottom. Plain objects in, a run folder out; no Hydra here."""
 
-Plug points, marked PLUG below: `audit` before the folder is made (it refuses); `prepare`, `calibrate` and the PTQ
-evaluation before `fit`; `convert`, `export` and `verify` after it. Each is a `with stages("name") as outcome:` block
-that sets `outcome.text`, its one line of outcome.
-"""
-
-import functools
+import itertools
 import logging
-import math
 import platform
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor, nn
 
+from qat import evaluation as evaluating
 from qat import run_folder
-from qat.evaluation import answer_text, mean_loss
+from qat.audit import Audit, audit
+from qat.convert import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
+from qat.errors import UserError, VerifyError
+from qat.export import target_module
 from qat.files import atomic_folder
+from qat.layers import layer_stats
 from qat.models.load import Loaded
-from qat.report.schema import Report, Stage, write_report
+from qat.observers.base import Observer
+from qat.report.audit import print_audit
+from qat.report.html import write_html
+from qat.report.schema import Report, Stage, recovered, write_report
+from qat.report.table import next_commands, result_table
+from qat.scheme import Rule
+from qat.shipping import ship, tokenizer_files
 from qat.stages import Stages
 from qat.training.fit import Checkpointing, Evaluation, Fitted, fit
 from qat.training.optim import Optimizer
+from qat.training.schedule import QuantSchedule
 
 LIBRARIES = ("torch", "pytorch-lightning", "transformers", "datasets", "tokenizers")
 
@@ -48,115 +57,195 @@ def run(
     data: Any,
     task: Callable[..., Any],
     optimizer: Optimizer,
-    trainer: functools.partial[pl.Trainer],
+    trainer: partial[pl.Trainer],
     logger: Sequence[Callable[..., Logger]],
     evaluation: Evaluation,
     checkpoint: Checkpointing,
-    scheme: Any,
-    quantizer: Any,
+    scheme: dict[str, list[Rule]],
+    quantizer: WeightQuantizer,
+    observer: Callable[[], Observer],
+    calibration_batches: int,
     quant_start_step: int,
     observer_freeze_step: int | None,
     control: bool,
     export: list[str],
+    target: str | None,
     config: dict[str, Any],
 ) -> Report:
-    """All stages of one recipe; writes RUN/report.json and, for a float run, RUN/model (a Hugging Face folder).
+    """All stages of one recipe; leaves the run folder of docs/design.md, or for a float run RUN/model instead of codes.
 
     `run_dir` None means outputs/RECIPE/TIMESTAMP. `config` is the whole plain configuration, kept as RUN/config.yaml.
-    Goes on from RUN/checkpoints where there are any. Raises UserError and VerifyError.
+    Goes on from RUN/checkpoints where there are any. Raises UserError, or VerifyError once the report is written.
     """
     _quiet()
     pl.seed_everything(seed, verbose=False)
-    stages = Stages()
+    progress = Stages()
+    rules = scheme["rules"]
+    for name in export:
+        target_module(name)
+    if export and not rules:
+        raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
 
-    with stages("load") as outcome:
+    with progress("load") as outcome:
         loaded = model.load(data)
+        size = sum(p.numel() for p in loaded.model.parameters())
+        outcome.text = f"{loaded.source}, {size:,} parameters"
+    device = _device(trainer, progress)
+    audited: Audit | None = None
+    if rules:
+        with progress("audit") as outcome:
+            audited = audit(loaded.model, rules, targets=export, config=_config(loaded.model))
+            outcome.text = print_audit(audited, progress.console, training=trainer.keywords["max_steps"] > 0)
+    with progress("data") as outcome:
         data.attach(loaded.tokenizer)
         batch = data.evaluation(evaluation.split, evaluation.windows)
-        size = sum(p.numel() for p in loaded.model.parameters())
-        windows = f"{len(batch['labels'])} windows of its {evaluation.split} split"
-        outcome.text = f"{loaded.source}, {size:,} parameters; {type(data).__name__}, {windows}"
-
-    # PLUG audit
-
-    run_dir = run_dir or run_folder.default(recipe)
+        outcome.text = f"{data.describe()['name']}, {len(batch['labels'])} rows of {evaluation.split} text to score"
+    fallback = [vars(f) for f in (loaded.fallback, getattr(data, "fallback", None)) if f is not None]
+    title = recipe + "".join(f"-OFFLINE-{f['used']}" for f in fallback[:1])
+    _warn_stand_in(fallback, progress)
+    run_dir = run_dir or run_folder.default(title)
     run_folder.create(run_dir, config)
+
     results: dict[str, Stage] = {}
-    with stages("float") as outcome:
-        results["float"] = measure(loaded.model, batch, data.batch_size)
-        outcome.text = figures(results["float"])
 
-    # PLUG prepare, calibrate, ptq. The arm that is trained is then "qat", its callbacks [QuantSchedule(...)],
-    # best_from_step=quant_start_step; with control=true a copy of the float model is fitted in checkpoints/control.
-    arm = "control"
-    fitted = fit(
-        loaded.model,
-        arm=arm,
-        run_dir=run_dir,
-        folder=run_dir / "checkpoints",
-        callbacks=[],
-        best_from_step=0,
-        data=data,
-        task=task,
-        optimizer=optimizer,
-        trainer=trainer,
-        loggers=logger,
-        evaluation=evaluation,
-        checkpoint=checkpoint,
-        console=stages.console,
-    )
-    with stages(arm) as outcome:
-        results[arm] = measure(loaded.model, batch, data.batch_size)
-        outcome.text = figures(results[arm])
+    def measure(stage: str, net: nn.Module, label: str | None = None) -> dict[str, Tensor]:
+        with progress(label or stage) as outcome:
+            answers = evaluating.answer(net.to(device), batch, data.batch_size)
+            entry: Any = {**evaluating.figures(answers), "bytes": _nbytes(net, audited, stage)}
+            results[stage] = entry
+            outcome.text = ", ".join(f"{k} {v:.4f}" for k, v in entry.items() if k != "bytes")
+        return answers
 
-    # PLUG convert, export, verify
-    with stages("save") as outcome:
-        with atomic_folder(run_dir / "model") as folder:
-            loaded.model.save_pretrained(folder)
-            loaded.tokenizer.save_pretrained(folder)
-        outcome.text = str(run_dir / "model")
+    def train(arm: str, net: nn.Module, callbacks: list[pl.Callback], best_from_step: int) -> Fitted:
+        return fit(
+            net,
+            arm=arm,
+            run_dir=run_dir,
+            folder=run_dir / "checkpoints" / arm if rules and arm == "control" else run_dir / "checkpoints",
+            callbacks=callbacks,
+            best_from_step=best_from_step,
+            data=data,
+            task=task,
+            optimizer=optimizer,
+            trainer=trainer,
+            loggers=logger,
+            evaluation=evaluation,
+            checkpoint=checkpoint,
+            console=progress.console,
+        )
 
+    measure("float", loaded.model)
     report: dict[str, Any] = {
-        "recipe": recipe,
+        "recipe": title,
         "model": loaded.source,
         "data": data.describe()["name"],
         "seed": seed,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "device": str(next(loaded.model.parameters()).device),
-        "coverage": [],
+        "device": str(device),
+        "coverage": audited.coverage() if audited else [],
         "stages": results,
         "exports": {},
-        "timing": {**stages.timing, **step_timing(fitted)},
-        "training": training(fitted),
-        "corpus": data.describe(),
     }
-    if loaded.fallback is not None:
-        report["fallback"] = [vars(loaded.fallback)]
+    if fallback:
+        report["fallback"] = fallback
+    if control or not rules:
+        fitted = train("control", loaded.model, [], 0)
+        measure("control", loaded.model)
+    wrong: list[str] = []
+    if not rules:
+        _save_float(loaded, run_dir / "model", progress)
+    else:
+        if control:
+            loaded = model.load(data)  # training changed the weights: start again from the same ones
+            pl.seed_everything(seed, verbose=False)
+        net = prepare(loaded.model, rules, weight=quantizer, observer=observer).to(device)
+        with progress("calibrate"):
+            calibrate(
+                net, list(itertools.islice(data.train_dataloader(), calibration_batches)), partial(_forward, device)
+            )
+        measure("ptq", net)
+        fitted = train("qat", net, [QuantSchedule(quant_start_step, observer_freeze_step)], quant_start_step)
+        set_fake_quant(net, True)
+        freeze_observers(net)
+        answers = measure("qat", net)
+        evaluating.save(answers, run_dir / "evaluation.safetensors")
+        with progress("convert") as outcome:
+            report["layers"] = layer_stats(net)
+            described = {**_config(net), "name": f"{title} {Path(loaded.source).name}"}
+            frozen = convert(net, config=described, tokenizer=tokenizer_files(loaded.tokenizer))
+            frozen.save(run_dir / "frozen")
+            outcome.text = f"{len(frozen.weights)} tensors frozen, {frozen.nbytes():,} bytes"
+        facts: Any = {"title": described["name"], "data": report["data"], "stages": results, "fallback": fallback}
+        report["exports"], wrong = ship(frozen, export, run_dir, progress, **facts)
+        if (share := recovered(results)) is not None:  # type: ignore[arg-type]
+            report["recovered"] = share
+
+    report["training"] = _training(fitted)
+    report["corpus"] = data.describe()
+    report["timing"] = {
+        **progress.timing,
+        **({} if fitted.step_seconds is None else {"step_seconds": fitted.step_seconds}),
+    }
     write_report(report, run_dir / "report.json")  # type: ignore[arg-type]
+    write_html(run_dir)
+    progress.console.print(result_table(report, progress.console))  # type: ignore[arg-type]
+    _warn_stand_in(fallback, progress)
+    for command in next_commands(report, run_dir) if export else []:  # type: ignore[arg-type]
+        progress.console.print(command, style="cyan", soft_wrap=True)
+    if wrong:
+        raise VerifyError("; ".join(wrong))
     return report  # type: ignore[return-value]
 
 
-def measure(model: nn.Module, batch: dict[str, Tensor], batch_size: int) -> Stage:
-    """Loss, perplexity and bytes of one arm."""
-    loss = mean_loss(answer_text(model, batch, batch_size)["nll"], batch["labels"])
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"loss": loss, "perplexity": math.exp(loss), "bytes": size}
+def _forward(device: torch.device, net: nn.Module, batch: dict[str, Tensor]) -> None:
+    if "input_ids" in batch:
+        net(input_ids=batch["input_ids"].to(device), use_cache=False)
+    else:
+        net(batch["x"].to(device))
 
 
-def figures(stage: Stage) -> str:
-    """One line of outcome."""
-    return f"loss {stage['loss']:.4f}, perplexity {stage['perplexity']:.3f}"
+def _config(net: nn.Module) -> dict[str, Any]:
+    """The description of the graph that exporters read: config.json, or a plain dict for other models."""
+    config: Any = getattr(net, "config", {})
+    return dict(config) if isinstance(config, dict) else config.to_dict()
 
 
-def training(fitted: Fitted) -> dict[str, Any]:
+def _nbytes(net: nn.Module, audited: Audit | None, stage: str) -> int:
+    quantized = audited is not None and stage in ("ptq", "qat")
+    return audited.nbytes if quantized and audited else sum(p.numel() * p.element_size() for p in net.parameters())
+
+
+def _device(trainer: partial[pl.Trainer], progress: Stages) -> torch.device:
+    """Where stages outside training run: the GPU that Lightning would take, else the CPU."""
+    wants = trainer.keywords.get("accelerator", "auto")
+    if wants in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        progress.console.print(
+            "[bold yellow]warning[/] this machine has an NVIDIA GPU but torch is a CPU-only build: "
+            "install torch with CUDA from https://pytorch.org to train on it"
+        )
+    return torch.device("cpu")
+
+
+def _warn_stand_in(fallback: list[dict[str, Any]], progress: Stages) -> None:
+    for f in fallback:
+        text = f" {f['requested']} COULD NOT BE REACHED: this run uses {f['used']} in its place ({f['reason']}) "
+        progress.console.print(text, style="bold black on yellow")
+
+
+def _save_float(loaded: Loaded, path: Path, progress: Stages) -> None:
+    with progress("save") as outcome:
+        with atomic_folder(path) as folder:
+            loaded.model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+        outcome.text = str(path)
+
+
+def _training(fitted: Fitted) -> dict[str, Any]:
     """What the report says about training: steps, items (tokens) seen in all, best validation loss in nats."""
     best = {} if fitted.best_loss is None else {"best_validation_loss": fitted.best_loss}
     return {"steps": fitted.steps, "items": fitted.items, **best}
-
-
-def step_timing(fitted: Fitted) -> dict[str, float]:
-    """`step_seconds`, if any step was made."""
-    return {} if fitted.step_seconds is None else {"step_seconds": fitted.step_seconds}
 
 
 def _quiet() -> None:

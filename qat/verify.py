@@ -38,6 +38,23 @@ class Verdict:
             more = f" (and {len(self.differences) - 1} more)" if len(self.differences) > 1 else ""
             raise VerifyError(self.differences[0] + more)
 
+    def lines(self) -> list[str]:
+        """What was found, a line each, for the terminal."""
+        f = self.figures
+        out = [f"  WRONG: {d}" for d in self.differences]
+        if "codes_equal" in f:
+            out.append(
+                f"  codes and stored scales equal: {f['codes_equal']}, float32 weights equal: {f['weights_equal']}"
+            )
+        if "tokenizer_lines" in f and not self.differences:
+            out.append(f"  tokenizer equal on {f['tokenizer_lines']} lines")
+        if "runtime" in f:
+            quality = f"perplexity {f['perplexity']:.4f}" if "perplexity" in f else f"accuracy {f['accuracy']:.4f}"
+            out.append(
+                f"  {f['runtime']}: loss {f['loss']:.6f}, {quality}, largest difference {f['max_logit_diff']:.2g}"
+            )
+        return out + [f"  not checked: {u}" for u in self.unchecked]
+
 
 def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> Verdict:
     """Check the export at `path`. against: a run folder, a frozen folder or another export.
@@ -220,16 +237,13 @@ def _run(path: Path, runtime: str, base: Path | None, verdict: Verdict) -> None:
     if "x" in e:
         got = run(runtime, path, predict=e["x"], version="")
         logits: Tensor = got["predict"]
-        accuracy = float((logits.argmax(-1) == e["labels"]).double().mean())
         same = float((logits.argmax(-1) == e["logits"].argmax(-1)).double().mean())
-        loss = float(torch.nn.functional.cross_entropy(logits.double(), e["labels"]))
+        verdict.figures |= {**evaluation.figures({**e, "logits": logits}), "predictions_equal": same}
         diff = float((logits - e["logits"]).abs().max())
-        verdict.figures |= {"loss": loss, "accuracy": accuracy, "predictions_equal": same}
     else:
         got = run(runtime, path, score=e["input_ids"], logprobs=e["prompts"].tolist(), version="")
-        loss = evaluation.mean_loss(-got["score"], e["labels"])
+        verdict.figures |= evaluation.figures({"nll": -got["score"], "labels": e["labels"]})
         diff = float((got["logprobs"] - e["logprobs"]).abs().max())
-        verdict.figures |= {"loss": loss, "perplexity": math.exp(loss)}
     verdict.figures |= {"runtime": got["version"], "max_logit_diff": diff}
 
 

@@ -1,0 +1,56 @@
+"""qat generate: greedy or sampled text from a run, a frozen folder, a Hugging Face folder or a GGUF file."""
+
+import argparse
+from pathlib import Path
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """PATH --prompt TEXT"""
+    parser.add_argument("path", type=Path, help="a run, a frozen folder or an exported folder or file")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--tokens", type=int, default=64, help="how many to generate (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> None:
+    """GGUF files run in llama.cpp, the rest from packed integers in torch."""
+    from qat.errors import UserError
+    from qat.export import identify, target_module
+    from qat.runtimes import run as run_in
+
+    if args.tokens < 1:
+        raise UserError(f"--tokens {args.tokens}: give 1 or more")
+    if not (args.path / "frozen").is_dir():
+        target, _ = identify(args.path)
+        runtime = "" if target in ("frozen", "hf") else target_module(target).RUNTIME
+        if runtime == "llama_cpp":
+            request = {
+                "prompt": args.prompt,
+                "n_predict": args.tokens,
+                "temperature": args.temperature,
+                "seed": args.seed,
+            }
+            import json
+
+            print(args.prompt + run_in(runtime, args.path, complete=json.dumps(request))["complete"])
+            return
+        if runtime:
+            raise UserError(f"{args.path} is a {target} export, which has no text generation here")
+    import torch
+
+    from qat.packed.load import load, load_tokenizer
+
+    tokenizer = load_tokenizer(args.path)
+    model = load(args.path)
+    ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if ids.shape[1] == 0:
+        raise UserError("--prompt is empty: give at least one character")
+    torch.manual_seed(args.seed)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad():
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.tokens, pad_token_id=pad, **sampling
+        )
+    print(tokenizer.decode(out[0], skip_special_tokens=True))

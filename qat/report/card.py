@@ -1,0 +1,61 @@
+"""The model card (README.md) of an export: what it is, on which grid, how good, and how to run it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from qat.frozen import Frozen
+from qat.report.schema import Fallback, Stages, read_report
+
+RUN = {
+    "gguf": "llama-cli -m model.gguf -p 'The'",
+    "hf": "python -c \"{plugin}from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\"",
+    "onnx": "python -c \"import onnxruntime as o; print(o.InferenceSession('model.onnx').get_inputs()[0])\"",
+}
+
+
+def model_card(frozen: Frozen, target: str, run_dir: Path) -> str:
+    """The card of one export of a finished run; figures come from the run's report.json, if it has one."""
+    report: dict[str, Any] = dict(read_report(run_dir)) if (run_dir / "report.json").is_file() else {}
+    return card(
+        frozen,
+        target,
+        title=f"{report.get('recipe', run_dir.name)} of {report.get('model', 'a model')}",
+        data=report.get("data", ""),
+        stages=report.get("stages", {}),
+        fallback=report.get("fallback", []),
+    )
+
+
+def card(frozen: Frozen, target: str, *, title: str, data: str, stages: Stages, fallback: list[Fallback]) -> str:
+    """The card as Markdown."""
+    grids = Counter(w.tensor.spec.label() for w in frozen.weights.values())
+    lines = ["---", "tags: [quantized, quantization-aware-training]", "---", f"# {title} ({target})", ""]
+    for f in fallback:
+        lines += [f"> **Stand-in:** {f['requested']} was not used but **{f['used']}** in its place: {f['reason']}.", ""]
+    lines += [
+        "Weights were trained on the grid that this file stores: codes were decided once after training and packed "
+        "unchanged. `manifest.json` lists the SHA-256 of every file and tensor.",
+        "",
+        "| grid | tensors |",
+        "|---|---|",
+        *(f"| {label} | {count} |" for label, count in grids.most_common()),
+        f"| floating point | {len(frozen.floats)} |",
+        "",
+    ]
+    if stages:
+        lines += [
+            f"Measured on held-out {data} by the run that made it:" if data else "Measured by the run that made it:",
+            "",
+        ]
+        lines += ["| | loss | perplexity or accuracy |", "|---|---|---|"]
+        for name, stage in stages.items():
+            quality = stage.get("perplexity", stage.get("accuracy"))  # type: ignore[attr-defined]
+            lines.append(f"| {name} | {stage['loss']:.5f} | {quality:.4f} |")  # type: ignore[index]
+        lines.append("")
+    if target in RUN:
+        ours = target == "hf" and any(
+            w.kind != "Linear" or w.tensor.offset is not None for w in frozen.weights.values()
+        )
+        lines += ["```", RUN[target].replace("{plugin}", "import qat; " if ours else ""), "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""From a trained, prepared model to verified files: freeze once, write every target, check each in a fresh process."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qat.errors import UserError, VerifyError
+from qat.export import export
+from qat.frozen import Frozen
+from qat.report.card import card
+from qat.report.schema import Export, Fallback, Stages
+from qat.stages import Stages as Progress
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """What `save_pretrained` writes for a tokenizer, by file name; nothing for None."""
+    if tokenizer is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {f.name: f.read_bytes() for f in sorted(Path(folder).iterdir()) if f.is_file()}
+
+
+def ship(
+    frozen: Frozen,
+    targets: Sequence[str],
+    run_dir: Path,
+    progress: Progress,
+    *,
+    title: str,
+    data: str,
+    stages: Stages,
+    fallback: list[Fallback],
+) -> tuple[dict[str, Export], list[str]]:
+    """Write and verify every target; returns the report's `exports` and what is wrong with them."""
+    exports: dict[str, Export] = {}
+    wrong: list[str] = []
+    for target in targets:
+        path = run_dir / "export" / target
+        with progress(f"export {target}") as outcome:
+            text = card(frozen, target, title=title, data=data, stages=stages, fallback=fallback)
+            export(frozen, target, path, card=text)
+            outcome.text = str(path)
+        with progress(f"verify {target}") as outcome:
+            found = verify_apart(path, run_dir)
+            exports[target] = found["figures"]
+            exports[target]["path"] = str(path.relative_to(run_dir))
+            wrong += [f"{target}: {d}" for d in found["differences"]]
+            outcome.text = _outcome(found)
+    return exports, wrong
+
+
+def verify_apart(path: Path, run_dir: Path) -> dict[str, Any]:
+    """`qat verify` in a process of its own: {"figures", "differences", "unchecked"}.
+
+    Raises UserError if a runtime is missing, VerifyError if the file cannot be read or run at all.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "verdict.json")
+        command = [sys.executable, "-m", "qat", "verify", path, "--against", run_dir, "--json", answer]
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+        if answer.is_file():
+            (found,) = json.loads(answer.read_text()).values()
+            return found
+    said = (done.stderr.strip().splitlines() or [f"verification of {path} ended with code {done.returncode}"])[-1]
+    raise (UserError if done.returncode == 2 else VerifyError)(said.removeprefix("error: "))
+
+
+def _outcome(found: dict[str, Any]) -> str:
+    f = found["figures"]
+    if found["differences"]:
+        return f"[red]WRONG[/] {found['differences'][0]}"
+    parts = ["codes and weights equal"]
+    if "runtime" in f:
+        quality = f"perplexity {f['perplexity']:.4f}" if "perplexity" in f else f"accuracy {f['accuracy']:.4f}"
+        parts.append(f"{f['runtime']}: {quality}")
+    return ", ".join(parts)
