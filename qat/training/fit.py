@@ -74,6 +74,7 @@ def fit(
         raise UserError("trainer.precision=16-mixed is not supported; use bf16-mixed")
     if trainer.keywords["max_steps"] == 0:
         return Fitted(0, 0, None, None)
+    model.train()  # from_pretrained leaves dropout off
     module = task(model=model, optimizer=optimizer)
     saver = Checkpoints(folder, checkpoint.every_n_steps, best_from_step)
     clock = StepClock()
