@@ -106,8 +106,8 @@ def export(frozen: Frozen, path: Path) -> None:
         writer.write_tensor_data(_float_array(name, _reordered(value, row_order(name, config))))
     for name, w in frozen.weights.items():
         order = row_order(name, config)
-        codes, scale = _reordered(w.tensor.codes, order), _reordered(w.tensor.scale, order)
-        writer.write_tensor_data(pack(codes, scale, w.tensor.spec.qtype))
+        data = pack(w.tensor.codes, w.tensor.scale, w.tensor.spec.qtype)
+        writer.write_tensor_data(data if order is None else data[order.numpy()])
     writer.close()
 
 
@@ -152,10 +152,8 @@ def read(path: Path) -> Frozen:
 
 
 def _read_weight(name: str, data: np.ndarray, qtype: str, back: Tensor | None) -> FrozenWeight:
-    codes, scale = unpack(data, qtype)
-    tensor = QTensor(
-        _reordered(codes, back), _reordered(scale, back), None, QuantSpec(qtype=qtype, block=(1, 32), scale="float16")
-    )
+    codes, scale = unpack(data if back is None else data[back.numpy()], qtype)
+    tensor = QTensor(codes, scale, None, QuantSpec(qtype=qtype, block=(1, 32), scale="float16"))
     if name.endswith(_CONV1D):
         return FrozenWeight(tensor, "Conv1D", (codes.shape[1], codes.shape[0]))
     kind = "Embedding" if name.endswith(("wte.weight", "embed_tokens.weight")) else "Linear"
