@@ -149,7 +149,14 @@ class CustomData(TokenData):
         rows = stored.rows
         # Without a tokenizer (one is being learned from the training rows) a side may stay small.
         least = self.block_size if self.tokenizer is not None else 0
-        parts = split(np.asarray(rows.data.column("hash")), lambda i: self._count(rows[i : i + 1]), least)
+        hashes = np.asarray(rows.data.column("hash"))
+
+        def tokens(i: int) -> int:
+            return self._count(rows[i : i + 1])
+
+        parts = split(hashes, tokens, least)
+        if parts is None and (parts := split(hashes, tokens, least, together=False)):
+            self._reports["train"]["warning"] = "so few rows are distinct that training, validation and test share some"
         if parts is None:
             self._demand(rows, self.path, 3)
             raise UserError(

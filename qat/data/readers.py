@@ -198,7 +198,7 @@ def _object(place: str, line: str) -> Row | Bad:
 
 def _json(place: str, line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\n"))
     except json.JSONDecodeError as e:
         return Bad(place, f"invalid JSON: {e.msg} at column {e.colno}")
     except (ValueError, RecursionError) as e:
