@@ -30,8 +30,9 @@ def result_table(report: Report, console: Console) -> RenderableType:
     if "recovered" in report:
         parts.append(Text(f"QAT undid {report['recovered']:.0%} of the damage of PTQ"))
     for entry in report.get("fallback", []):
-        text = f"{entry['requested']} was NOT used. In its place: {entry['used']}\n({entry['reason']})"
-        parts.insert(0, Panel(Text(text), title="STAND-IN USED", style="bold black on yellow"))
+        message = f"{entry['requested']} was NOT used. In its place: {entry['used']}\n({entry['reason']})"
+        text = Text(message, no_wrap=False, overflow="fold")  # also on a console that never wraps
+        parts.insert(0, Panel(text, title="STAND-IN USED", style="bold black on yellow"))
     return Group(*parts)
 
 

@@ -15,8 +15,8 @@ from qat.report.rows import human_bytes
 from qat.report.table import next_commands, result_table
 
 
-def printed(report: Any, width: int) -> str:
-    console = Console(width=width, file=io.StringIO(), color_system=None)
+def printed(report: Any, width: int, soft_wrap: bool = False) -> str:
+    console = Console(width=width, file=io.StringIO(), color_system=None, soft_wrap=soft_wrap)
     console.print(result_table(report, console))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -40,14 +40,18 @@ def test_wide_table_has_every_arm_and_every_export() -> None:
     assert "openai-community/gpt2 was NOT used" in text
 
 
+@pytest.mark.parametrize("soft_wrap", [False, True])
 @pytest.mark.parametrize("width", [60, 72, 80])
 @pytest.mark.parametrize("kind", [sample.language_report, sample.classifier_report, sample.pretrain_report])
-def test_narrow_table_fits_and_cuts_no_figure(width: int, kind: Any) -> None:
-    text = printed(kind(), width)
+def test_narrow_table_fits_and_cuts_nothing(width: int, kind: Any, soft_wrap: bool) -> None:
+    text = printed(kind(), width, soft_wrap)
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     for target in kind()["exports"]:
         assert cells(text, target)[4:6] == ["yes", "yes"]
+    words = " ".join(text.replace("│", " ").split())
+    for entry in kind().get("fallback", []):
+        assert f"In its place: {entry['used']} ({entry['reason']})" in words
 
 
 def test_accuracy_and_missing_runtime() -> None:
