@@ -69,21 +69,6 @@ def round_to(y: Tensor, rounding: str, qmin: int) -> Tensor:
     return whole + torch.where((y - whole).abs() >= 0.5, y.sign(), torch.zeros_like(y))
 
 
-class _Codes(torch.autograd.Function):
-    """round(clamp(y)), with the gradient of y wherever qmin - edge <= y <= qmax + edge and zero elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, low: Tensor | float, high: Tensor | float, spec: QuantSpec, edge: float) -> Tensor:
-        ctx.save_for_backward((y >= low - edge) & (y <= high + edge))
-        # the bounds are integers, so clamping before rounding gives the same codes as after
-        return round_to(y.clamp(low, high), spec.rounding, spec.type.qmin)  # pyright: ignore[reportArgumentType, reportCallIssue]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None, None, None
-
-
 class _Store(torch.autograd.Function):
     """Round to the stored dtype and come back to float32; the gradient passes unchanged, in float32."""
 
@@ -196,18 +181,13 @@ def _spread(t: Tensor) -> Tensor:
     return t[..., None, None]
 
 
-def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.5) -> Tensor:
-    """x (R, C) -> tiled float32 codes, differentiable: the gradient passes straight through the rounding.
-
-    edge: how far beyond qmin..qmax, in steps, a value still gets a gradient. 0.5 covers every value that rounds to a
-    code (so the clipped extreme of an absmax_half block keeps training); 0 is LSQ's hard edge.
-    """
+def quotients(x: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """x (R, C) -> what is rounded, tiled float32, with the bounds it is clamped to: codes less the zero point."""
     q = spec.type
     scale = qparams.scale.float() if qparams.exact_scale is None else qparams.exact_scale
     y = tile(x.float(), spec.block)
     low: Tensor | float = q.qmin
     high: Tensor | float = q.qmax
-    zero: Tensor | None = None
     if spec.offset == "zero_point":
         assert qparams.offset is not None
         zero = _spread(qparams.offset.float())
@@ -217,8 +197,19 @@ def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.5) ->
         assert exact is not None
         y = y - _spread(exact.float())
     y = y * _spread(1.0 / scale) if spec.divide.endswith("inverse") else y / _spread(scale)
-    codes: Tensor = _Codes.apply(y, low, high, spec, edge)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportAssignmentType]
-    return codes if zero is None else codes + zero
+    return y, low, high
+
+
+def _steps(y: Tensor, low: Tensor | float, high: Tensor | float, spec: QuantSpec) -> Tensor:
+    # the bounds are integers, so clamping before rounding gives the same codes as after
+    return round_to(y.clamp(low, high), spec.rounding, spec.type.qmin)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+    """x (R, C) -> tiled float32 codes."""
+    codes = _steps(*quotients(x, qparams, spec), spec)
+    zero = qparams.offset if spec.offset == "zero_point" else None
+    return codes if zero is None else codes + _spread(zero.float())
 
 
 def from_codes(codes: Tensor, scale: Tensor, offset: Tensor | None, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
@@ -232,9 +223,45 @@ def from_codes(codes: Tensor, scale: Tensor, offset: Tensor | None, spec: QuantS
     return untile(y).to(dtype)
 
 
+class _FakeQuantize(torch.autograd.Function):
+    """from_codes(to_codes(x)) with the straight-through gradient: exactly that of x inside the edge, else zero.
+
+    scale (and a floating offset) may need a gradient: d(value)/d(scale) = code - [inside] x / scale, LSQ's formula.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        grid, spec, edge = QParams(*args[:4]), args[4], args[5]
+        y, low, high = quotients(x, grid, spec)
+        ctx.spec, ctx.learned = spec, any(ctx.needs_input_grad[1:3])
+        inside = (y >= low - edge) & (y <= high + edge)
+        steps = _steps(y, low, high, spec)
+        ctx.exact = grid.exact_scale is not None
+        ctx.save_for_backward(inside, *((y, steps) if ctx.learned else ()))
+        offset = None if spec.offset == "zero_point" else grid.offset  # the zero point is taken off already
+        return from_codes(steps, grid.scale, offset, spec, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inside, *rest = ctx.saved_tensors
+        g = tile(grads[0].float(), ctx.spec.block)
+        passed = torch.where(inside, g, 0.0)
+        scale = offset = None
+        if ctx.learned:
+            y, steps = rest
+            scale = (g * steps if ctx.exact else g * steps - passed * y).sum((-1, -2))
+            offset = (g if ctx.exact else g - passed).sum((-1, -2)) if ctx.needs_input_grad[2] else None
+        return untile(passed).to(grads[0].dtype), scale, offset, None, None, None, None
+
+
 def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.5) -> Tensor:
-    """x (R, C) -> the values its codes stand for, in x's dtype; bit-equal to dequantize(quantize(x))."""
-    return from_codes(to_codes(x, qparams, spec, edge), qparams.scale, qparams.offset, spec, x.dtype)
+    """x (R, C) -> the values its codes stand for, in x's dtype; equal to dequantize(quantize(x)), bit for bit.
+
+    Differentiable. edge: how far beyond qmin..qmax, in steps, a value still gets a gradient. 0.5 covers every value
+    that rounds to a code (so the clipped extreme of an absmax_half block keeps training); 0 is LSQ's hard edge.
+    """
+    value: Tensor = _FakeQuantize.apply(x, *qparams, spec, edge)  # pyright: ignore[reportAssignmentType]
+    return value
 
 
 def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
