@@ -61,12 +61,9 @@ class Audit:
 
     def coverage(self) -> list[dict[str, Any]]:
         """The report's `coverage`: name, shape, scheme, reason of every parameter."""
-        return [
-            {"name": r.name, "shape": list(r.shape)}
-            | ({"scheme": r.spec.label()} if r.spec else {})
-            | {"reason": r.reason}
-            for r in self.rows
-        ]
+        schemes = [r.spec.label() if r.spec else "float" for r in self.rows]
+        entries = zip(self.rows, schemes, strict=True)
+        return [{"name": r.name, "shape": list(r.shape), "scheme": s, "reason": r.reason} for r, s in entries]
 
 
 def _match(rules: Sequence[Rule], path: str, kind: str) -> int | None:

@@ -189,9 +189,8 @@ def run(
     write_report(report, run_dir / "report.json")  # type: ignore[arg-type]
     write_html(run_dir)
     progress.console.print(result_table(report, progress.console))  # type: ignore[arg-type]
-    _warn_stand_in(fallback, progress)
-    for command in next_commands(report, run_dir) if export else []:  # type: ignore[arg-type]
-        progress.console.print(command, style="cyan", soft_wrap=True)
+    for command in next_commands(report, run_dir):  # type: ignore[arg-type]
+        progress.console.print(command, style="cyan", soft_wrap=True, markup=False)
     if wrong:
         raise VerifyError("; ".join(wrong))
     return report  # type: ignore[return-value]
