@@ -132,9 +132,7 @@ def _group(config: dict[str, Any], module: str) -> dict[str, Any]:
 def _spec(group: dict[str, Any], name: str, scale: torch.dtype) -> QuantSpec:
     w = group["weights"]
     if group.get("input_activations") or w["type"] != "int" or w["strategy"] not in ("group", "channel", "tensor"):
-        raise UserError(
-            f"{name}: only integer weights by group, channel or tensor, with float inputs, can be read here"
-        )
+        raise UserError(f"{name}: only integer weights by group, channel or tensor and float inputs can be read")
     block = {"group": (1, w["group_size"]), "channel": (1, -1), "tensor": (-1, -1)}[w["strategy"]]
     asymmetric = {} if w["symmetric"] else {"range": "minmax", "offset": "zero_point"}
     return QuantSpec(qtype=f"int{w['num_bits']}", block=block, scale=str(scale).removeprefix("torch."), **asymmetric)

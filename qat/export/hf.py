@@ -1,7 +1,7 @@
 """A Hugging Face folder with packed integer weights, for any architecture that transformers has.
 
-Where plain transformers reads it exactly (see compressed_tensors.py) `quant_method` is "compressed-tensors", else "qat":
-then `import qat` lets `from_pretrained` load it, and without it transformers raises an error instead of inventing weights.
+Where plain transformers reads it exactly (see compressed_tensors.py) `quant_method` is "compressed-tensors", else
+"qat": `from_pretrained` loads that after `import qat`, and without it raises an error instead of inventing weights.
 """
 
 import json
@@ -106,9 +106,7 @@ def quantization(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return config, found
     if method != compressed_tensors.METHOD:
         said = f"its quant_method is {method!r}" if method else "it is not quantized"
-        raise UserError(
-            f"{path}: {said}; only folders with quant_method 'qat' or 'compressed-tensors' can be read here"
-        )
+        raise UserError(f"{path}: {said}; only quant_method 'qat' and 'compressed-tensors' can be read here")
     shapes: dict[str, list[int]] = {}
     scales: dict[str, torch.dtype] = {}
     for file in weight_files(path):

@@ -2,9 +2,9 @@
 
 For a parameter NAME with codes (out, in): `NAME` int32 (out, ceil(in * bits / 32)), dense and low bits first, the code
 minus qmin; `NAME_scale` (out / r, in / c) in its stored dtype; `NAME_offset` a floating offset like the scale, or zero
-points minus qmin packed along `out`, int32 (ceil(out / r * bits / 32), in / c). That is compressed-tensors' pack-quantized
-layout but for the names. The words sit under the float parameter's own name so that a reader which does not know them
-fails on their shape: (out, ceil(in * bits / 32)) is no float weight's shape unless in = 1.
+points minus qmin packed along `out`, int32 (ceil(out / r * bits / 32), in / c). That is compressed-tensors'
+pack-quantized layout but for the names. The words sit under the float parameter's own name so that a reader which does
+not know them fails on their shape: (out, ceil(in * bits / 32)) is no float weight's shape unless in = 1.
 """
 
 from typing import Any
@@ -71,7 +71,7 @@ def encode_input(module: str, i: FrozenInput) -> dict[str, Tensor]:
 
 
 def describe(frozen: Frozen) -> dict[str, Any]:
-    """`quantization_config` of a folder whose quant_method is "qat": specs once, and by number which weight has which."""
+    """`quantization_config` of a folder whose quant_method is "qat": every spec once; weights name theirs by number."""
     used = [w.tensor.spec for w in frozen.weights.values()] + [i.spec for i in frozen.inputs.values()]
     specs = list(dict.fromkeys(used))
     return {

@@ -1,11 +1,11 @@
 """What the packed layers share: int32 words and scales as their state, and values made of them for one forward pass.
 
-Values are computed in float32 with the arithmetic of affine.py, a slab of rows at a time, and cast last, so they are bit
-for bit those of the fake-quantized layer.
+Values are computed in float32 with the arithmetic of affine.py, a slab of rows at a time, and cast last, so they are
+bit for bit those of the fake-quantized layer.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ class PackedLayer(nn.Module):
     that of the layer's other numbers, and of an embedding's output.
     """
 
+    kind: str  # the float layer's class name, and its weight's shape
+    shape: tuple[int, ...]
+    rows: int  # of the weight as (out, in)
+    cols: int
+    like: Tensor  # empty; follows `.to(dtype)`
     weight: Tensor
     weight_scale: Tensor | None
     weight_offset: Tensor | None
@@ -46,7 +51,7 @@ class PackedLayer(nn.Module):
         new.kind = type(layer).__name__
         new.shape = tuple(weight.shape)
         new.rows, new.cols = matrix(new.kind, new.shape)
-        new.spec, new.input_spec, new.static = spec, inputs, static
+        new.spec, new.input_spec = spec, inputs
         for name in ("weight_scale", "weight_offset", "input_scale", "input_offset"):
             new.register_buffer(name, None)
         new.register_buffer("like", weight.new_empty(0), persistent=False)
@@ -78,7 +83,8 @@ class PackedLayer(nn.Module):
 
     def values(self, index: Tensor | slice, dtype: torch.dtype, offset: Tensor | None) -> Tensor:
         """Rows of the weight (n, in). offset: that of the whole weight, as `offsets` gives it."""
-        assert self.spec is not None and self.weight_scale is not None
+        assert self.spec is not None
+        assert self.weight_scale is not None
         r, c = check_block((self.rows, self.cols), self.spec.block)
         at = index
         if r > 1:
@@ -148,9 +154,3 @@ def _grid(shape: tuple[int, int], spec: QuantSpec, device: torch.device) -> tupl
     if spec.offset is None or spec.offset == "zero_point":
         return scale, None
     return scale, torch.empty(shape, dtype=STORED[spec.offset], device=device)
-
-
-def packed_state(layer: PackedLayer) -> dict[str, Any]:
-    """Bytes that the weight needs in memory, by part."""
-    parts = {"weight": layer.weight, "weight_scale": layer.weight_scale, "weight_offset": layer.weight_offset}
-    return {name: t.nbytes for name, t in parts.items() if t is not None}

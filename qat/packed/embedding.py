@@ -1,6 +1,5 @@
 """An embedding of packed integers; only the rows that are looked up are dequantized."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from qat.packed.base import PackedLayer
@@ -10,6 +9,4 @@ class PackedEmbedding(PackedLayer):
     """Token ids (...) -> (..., in), in the dtype of the model."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.spec is None:
-            return F.embedding(input, self.weight)
         return self.values(input.reshape(-1), self.dtype, self.offsets()).reshape(*input.shape, self.cols)

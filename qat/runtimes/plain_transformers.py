@@ -1,0 +1,60 @@
+"""Transformers on its own, as a script: `python -P plain_transformers.py FOLDER [--with-qat]`.
+
+A folder that plain transformers can read must be run without our package in the process, and whoever imports anything
+under `qat` has imported `qat`; so this file imports nothing of it and is started by its path. Each line of standard
+input is a JSON object: a function's name, its argument and the file for its answer; each is answered by a line "done".
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@torch.no_grad()
+def score(model: Any, ids: Tensor) -> Tensor:
+    """log p(ids[:, t+1] | ids[:, :t+1]) in nats, float32 [n, T-1]."""
+    out = []
+    for rows in ids.split(max(1, 2048 // ids.shape[1])):
+        logp = model(rows).logits[:, :-1].float().log_softmax(-1)
+        out.append(logp.gather(-1, rows[:, 1:, None]).squeeze(-1))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def logprobs(model: Any, prompts: list[list[int]]) -> Tensor:
+    """Log-probabilities of the whole vocabulary after each prompt, float32 [n, V]."""
+    return torch.stack([model(torch.tensor([p])).logits[0, -1].float().log_softmax(-1) for p in prompts])
+
+
+def main() -> None:
+    folder, with_qat = sys.argv[1], "--with-qat" in sys.argv
+    if with_qat:
+        import qat  # noqa: F401  # registers quant_method "qat"
+    model = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["call"] == "tokenize":
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request["argument"]]
+            answer = {"tokenize": torch.tensor([i for row in rows for i in row], dtype=torch.int64)}
+            answer["lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        else:
+            if model is None:
+                model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+            if request["call"] == "score":
+                answer = {"score": score(model, load_file(request["argument"])["ids"])}
+            else:
+                answer = {"logprobs": logprobs(model, request["argument"])}
+        if not with_qat and "qat" in sys.modules:
+            raise RuntimeError("qat was imported: this is no proof that transformers reads the folder on its own")
+        save_file(answer, request["answer"])
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
