@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from qat import overrides, recipes, run_folder
 from qat.errors import UserError, VerifyError
@@ -48,20 +49,22 @@ def train(argv: list[str]) -> None:
         return
     if not flags and not any(overrides.split(argument)[0] == "recipe" for argument in argv):
         raise UserError(f"name a recipe\n\n{recipes.listing()}")
-    recipes.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing a page and exiting with 1
     failures: list[UserError | VerifyError] = []
 
     def job(composed: DictConfig) -> None:
         try:  # Hydra would print a line of its own for what it sees failing
             launch(composed)
+        except OmegaConfBaseException as error:
+            failures.append(UserError(explain(error)))
         except (UserError, VerifyError) as error:
             failures.append(error)
 
     script, sys.argv = sys.argv, [sys.argv[0], *map(overrides.quote, argv)]
     try:
+        recipes.register()
         hydra.main(version_base="1.3", config_path=str(recipes.CONFIGS), config_name="train")(job)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(explain(error)) from error
     finally:
         sys.argv = script

@@ -9,7 +9,7 @@ CONFIGS, RECIPES = ROOT / "configs", ROOT / "recipes"
 
 
 class Recipe(NamedTuple):
-    """What the head comment of a recipe file says: first line, then `time: …; hardware: …` on a line of its own."""
+    """What the head comment of a recipe file says: its first line, and a line `time: …, hardware: …`."""
 
     name: str
     about: str
@@ -25,7 +25,7 @@ def recipes(folder: Path = RECIPES) -> list[Recipe]:
 def read(path: Path) -> Recipe:
     """The head comment of one recipe file."""
     head = [line.lstrip("# ").rstrip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
-    found = dict(re.findall(r"\b(time|hardware): ([^;]+)", "; ".join(head)))
+    found = dict(re.findall(r"\b(time|hardware): (.*?)(?=[,;] \w+:|\n|$)", "\n".join(head)))
     return Recipe(path.stem, head[0] if head else "", found.get("time", ""), found.get("hardware", ""))
 
 

@@ -39,7 +39,7 @@ def corpus(folder: Path) -> Path:
 def command(*arguments: str, **overrides: object) -> list[str]:
     """`python train.py …` with the tiny sizes; keyword `a__b=1` is the override a.b=1."""
     given = {**SMALL, **{key.replace("__", "."): value for key, value in overrides.items()}}
-    return [sys.executable, "train.py", *arguments, *(f"{key}={value}" for key, value in given.items())]
+    return [sys.executable, str(ROOT / "train.py"), *arguments, *(f"{key}={value}" for key, value in given.items())]
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -48,5 +48,5 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def call(arguments: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository to its end."""
-    return subprocess.run(arguments, cwd=ROOT, env=environment(cache), capture_output=True, text=True, check=False)
+    """Run a command to its end in the current folder."""
+    return subprocess.run(arguments, env=environment(cache), capture_output=True, text=True, check=False)

@@ -33,7 +33,7 @@ def test_norms_of_transformers_own_classes_do_not_decay() -> None:
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
-    decayed, plain, scales = names(LlamaForCausalLM(config))
+    _, plain, scales = names(LlamaForCausalLM(config))
     assert plain == {
         "model.norm.weight",
         "model.layers.0.input_layernorm.weight",

@@ -1,0 +1,126 @@
+"""The command line: what is refused is refused with exit code 2, one short message, and nothing left behind."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import call, command, corpus
+
+from qat import entry, recipes, run_folder
+from qat.errors import UserError
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The message of a refused command line."""
+    assert entry.main(list(argv)) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("argv", [[], ["recipe=no_such"], ["seed=3"]])
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    message = refused(capsys, *argv)
+    for recipe in recipes.recipes():
+        assert recipe.name in message
+        assert recipe.about in message
+        assert recipe.time in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=1", "no key sed; did you mean seed"),
+        ("trainer.max_step=1", "no key trainer.max_step; did you mean trainer.max_steps"),
+        ("model=gpt3", "no model=gpt3; choose one of gpt2, gpt2_mini"),
+        ("optimizer.lr=[1,", "cannot read 'optimizer.lr=[1,'"),
+        ("+optimizer.lrr=1", "no key optimizer.lrr; did you mean lr"),
+        ("optimizer.lr=quick", "optimizer.lr='quick' does not fit"),
+        ("seed=1,2", "seed"),
+        ("seed=${nothing}", "nothing"),
+        ("data.block_size=0", "data.block_size=0"),
+    ],
+)
+def test_wrong_input_is_named(
+    capsys: pytest.CaptureFixture[str], in_an_empty_folder: Path, override: str, message: str
+) -> None:
+    assert message in refused(capsys, "recipe=pretrain_gpt2_mini", override)
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_a_typo_in_a_recipe_file_is_refused(
+    capsys: pytest.CaptureFixture[str], in_an_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (in_an_empty_folder / "bad.yaml").write_text("# Bad.\noptimizer:\n  warm_up_steps: 3\nsede: 1\n")
+    monkeypatch.setattr(recipes, "RECIPES", in_an_empty_folder)
+    assert "no key sede; did you mean seed" in refused(capsys, "recipe=bad")
+
+
+def test_a_broken_recipe_file_is_named(
+    capsys: pytest.CaptureFixture[str], in_an_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (in_an_empty_folder / "torn.yaml").write_text("trainer: {max_steps: 3\n")
+    monkeypatch.setattr(recipes, "RECIPES", in_an_empty_folder)
+    assert "torn.yaml" in refused(capsys, "recipe=torn")
+
+
+def test_resume_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "resume=nowhere is no run folder" in refused(capsys, "resume=nowhere")
+
+
+def test_a_used_run_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    run_folder.refuse_used(tmp_path)
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match="resume="):
+        run_folder.refuse_used(tmp_path)
+
+
+def test_latest_points_at_the_newest_default_folder(in_an_empty_folder: Path) -> None:
+    paths = []
+    for _ in range(2):
+        path = run_folder.default("some recipe")
+        run_folder.create(path, {"seed": 1})
+        paths.append(path)
+    assert paths[0] != paths[1]
+    assert (Path("outputs") / "some recipe" / "latest").resolve() == paths[1].resolve()
+    assert run_folder.read(paths[1]) == {"seed": 1, "run_dir": str(paths[1])}
+
+
+def test_a_run_leaves_the_folder_of_the_contract_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    library = corpus(tmp_path / "my code")
+    run = tmp_path / "it's, (a) run=1 #ü"  # typed like this behind run_dir=, as a shell passes it on
+    arguments = ["recipe=pretrain_gpt2_mini", f"run_dir={run}", f"data.root='{library}'", "trainer.max_steps=2"]
+    done = call(command(*arguments), tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    expected = {"config.yaml", "report.json", "report.html", "metrics.csv", "checkpoints", "model"}
+    assert {path.name for path in run.iterdir()} == expected
+    assert "already holds a run" in refused(capsys, *arguments)
+    longer = call([*command()[:2], f"resume={run}", "trainer.max_steps=3"], tmp_path / "cache")
+    assert longer.returncode == 0, longer.stderr
+    assert run_folder.read(run)["trainer"]["max_steps"] == 3
+
+
+@pytest.mark.parametrize(("flag", "shown"), [("--help", "recipe: "), ("--cfg=job", "seed: 0")])
+def test_hydra_flags_still_work(tmp_path: Path, flag: str, shown: str) -> None:
+    done = call([*command()[:2], "recipe=pretrain_gpt2_mini", flag], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+
+
+def test_multirun_runs_each(tmp_path: Path) -> None:
+    library = corpus(tmp_path / "library")
+    arguments = ["--multirun", "recipe=pretrain_gpt2_mini", f"data.root={library}", "seed=1,2", "trainer.max_steps=0"]
+    done = call(command(*arguments), tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    reports = (tmp_path / "outputs" / "pretrain_gpt2_mini").glob("2*/report.json")
+    assert sorted(json.loads(report.read_text())["seed"] for report in reports) == [1, 2]
