@@ -234,18 +234,18 @@ class _FakeQuantize(torch.autograd.Function):
         grid, spec, edge = QParams(*args[:4]), args[4], args[5]
         y, low, high = quotients(x, grid, spec)
         ctx.spec, ctx.learned = spec, any(ctx.needs_input_grad[1:3])
-        inside = (y >= low - edge) & (y <= high + edge)
+        outside = (y < low - edge) | (y > high + edge)
         steps = _steps(y, low, high, spec)
         ctx.exact = grid.exact_scale is not None
-        ctx.save_for_backward(inside, *((y, steps) if ctx.learned else ()))
+        ctx.save_for_backward(outside, *((y, steps) if ctx.learned else ()))
         offset = None if spec.offset == "zero_point" else grid.offset  # the zero point is taken off already
         return from_codes(steps, grid.scale, offset, spec, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inside, *rest = ctx.saved_tensors
+        outside, *rest = ctx.saved_tensors
         g = tile(grads[0].float(), ctx.spec.block)
-        passed = torch.where(inside, g, 0.0)
+        passed = g.masked_fill(outside, 0.0)
         scale = offset = None
         if ctx.learned:
             y, steps = rest

@@ -3,10 +3,10 @@
 Blocks run along `in`, as in every runtime, so the weight is quantized as its transpose.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from qat.kernels.linear import fake_linear
 from qat.modules.base import QuantLayer
 
 
@@ -18,4 +18,4 @@ class QuantConv1D(QuantLayer, Conv1D):  # pyright: ignore[reportIncompatibleVari
         return weight.t()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return fake_linear(self.quantized_input(x), self.weight, self.bias, self.weight_quantizer, transposed=True)

@@ -1,8 +1,8 @@
 """nn.Linear with a fake-quantized weight and input."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.kernels.linear import fake_linear
 from qat.modules.base import QuantLayer
 
 
@@ -10,4 +10,4 @@ class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleV
     kind = "Linear"
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return fake_linear(self.quantized_input(x), self.weight, self.bias, self.weight_quantizer)

@@ -13,11 +13,13 @@ class FakeQuantize(nn.Module):
     """Subclasses supply `qparams`; `forward` and `quantize` are written once, so training and packing cannot diverge.
 
     enabled: False passes tensors through untouched (delayed quantization).
-    edge: how far beyond the codes, in steps, the weight still gets a gradient (see `affine.to_codes`).
+    edge: how far beyond the codes, in steps, the weight still gets a gradient (see `affine.fake_quantize`).
+    covers: no value of the tensor can lie beyond the edge, so every one gets its gradient.
     row_local: the grid of a row depends on nothing but that row, so a lookup may quantize only the rows it reads.
     """
 
     edge: float = 0.5
+    covers: bool = False
     row_local: bool = False
 
     def __init__(self, spec: QuantSpec) -> None:

@@ -13,6 +13,8 @@ class MinMax(FakeQuantize):
     def __init__(self, spec: QuantSpec, tensor: Tensor | None = None) -> None:
         super().__init__(spec)
         self.row_local = spec.block[0] == 1
+        # |x| <= absmax, and storing the scale moves the quotient by at most 2**-9 of qmax <= 127: within half a step
+        self.covers = spec.range == "absmax"
 
     def qparams(self, x: Tensor) -> QParams:
         return choose_qparams(x.detach(), self.spec)
