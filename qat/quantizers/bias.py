@@ -1,36 +1,25 @@
-"""Biases of integer layers: int32 codes whose scale is input scale * weight scale, so that they add to accumulators.
+"""Biases of static layers, moved to the int32 grid on which integer runtimes keep them.
 
-A step of that grid is a few hundredths of a percent of an output step, so training does without it; but what is
-evaluated and shipped must be the same number, hence `round_biases` before both.
+A step of that grid is below a thousandth of an output step, so training does without it; but what is evaluated must be
+the number that is shipped, hence `round_biases` before both.
 """
 
 import torch
 from torch import Tensor, nn
 
+from qat.bias import LARGEST, bias_codes, bias_scale, bias_values
 from qat.errors import UserError
 from qat.modules.base import QuantLayer
 from qat.quantizers.observed import Observed
 
-LARGEST = 2**23  # beyond it, code * scale in float32 no longer names one code
-
-
-def bias_scale(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """float32 [out]: the scale of a bias, for an input's scale (1, 1) and a weight's [out, 1] or [1, 1]."""
-    return (input_scale.float() * weight_scale.float()).flatten()
-
-
-def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
-    """int64 [out]: float32 bias / scale, rounded half-even (in float64, where the quotient is as good as exact)."""
-    return (bias.double() / scale.double()).round().long()
-
 
 @torch.no_grad()
 def round_biases(model: nn.Module) -> int:
-    """Move, in place, the bias of every layer with a static input and a weight scale for each row (or one) to its
-    int32 grid; returns how many layers. Doing it twice changes nothing. Call it on a calibrated model when its
-    weights are final (or before measuring it), before `convert`.
+    """Round, in place, the bias of every layer that has a static input and one weight scale a row (or one in all) to
+    its int32 grid; returns how many layers. Doing it again changes nothing.
 
-    Raises UserError naming a bias that the grid cannot hold: its weights are almost zero.
+    Call it on a calibrated model when its weights are final, before it is measured and before `convert`. Raises
+    UserError naming a bias that the grid cannot hold, as its weights are almost zero.
     """
     done = 0
     for path, layer in model.named_modules():
@@ -49,6 +38,6 @@ def round_biases(model: nn.Module) -> int:
                 f"{path}.bias[{i}] = {float(bias[i]):.3g} is more than {LARGEST} steps of its grid: the weights of that "
                 "channel are almost zero; set them to zero (prune the channel) or leave this layer in floating point"
             )
-        bias.copy_(codes.float() * scale)
+        bias.copy_(bias_values(codes, scale))
         done += 1
     return done

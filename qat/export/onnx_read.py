@@ -1,0 +1,102 @@
+"""An exported ONNX file back into codes, scales and floats, following the graph as a runtime does, not the names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from google.protobuf.message import DecodeError
+from onnx import NodeProto, numpy_helper
+from torch import Tensor
+
+from qat.affine import QTensor
+from qat.bias import bias_values
+from qat.errors import VerifyError
+from qat.export.onnx_graph import METADATA
+from qat.frozen import Frozen, FrozenInput, FrozenWeight
+from qat.scheme import STORED, QuantSpec
+
+KINDS = {"Conv": "Conv2d", "Gemm": "Linear"}
+
+
+def read_model(file: Path) -> Frozen:
+    """Weights, biases and input grids of every Conv and Gemm. Raises VerifyError naming what is not as written."""
+    try:
+        model = onnx.load(str(file))
+        onnx.checker.check_model(model)
+        told = json.loads({p.key: p.value for p in model.metadata_props}[METADATA])
+        return _Reader(model, told).frozen()
+    except (DecodeError, onnx.checker.ValidationError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise VerifyError(f"{file} is not an ONNX file that this export wrote: {error!r}"[:300]) from error
+
+
+class _Reader:
+    def __init__(self, model: onnx.ModelProto, told: dict[str, Any]) -> None:
+        self.told = told
+        self.nodes = model.graph.node
+        self.makers = {output: node for node in model.graph.node for output in node.output}
+        self.constants = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+
+    def frozen(self) -> Frozen:
+        out = Frozen({}, {}, config=self.told["config"])
+        for node in self.nodes:
+            if node.op_type not in KINDS:
+                continue
+            name = f"{node.name}.weight"
+            weight = self.maker(node.input[1])
+            if weight is None:
+                out.floats[name] = self.constants[node.input[1]]
+            else:
+                out.weights[name] = self.weight(name, weight, KINDS[node.op_type])
+            if len(node.input) > 2:
+                out.floats[f"{node.name}.bias"] = self.bias(node)
+            if node.name in self.told["inputs"]:
+                out.inputs[node.name] = self.input(node)
+        return out
+
+    def maker(self, tensor: str) -> NodeProto | None:
+        """The DequantizeLinear behind a tensor; None if there is none."""
+        node = self.makers.get(tensor)
+        return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def weight(self, name: str, node: NodeProto, kind: str) -> FrozenWeight:
+        spec = QuantSpec.from_dict(self.told["weights"][name])
+        codes, scale = self.symmetric(node, name)
+        if codes.dtype != spec.type.storage:
+            raise VerifyError(f"{name}: the codes are {codes.dtype}, not {spec.type.storage}")
+        stored = _stored(scale.reshape(-1, 1), spec, name)
+        return FrozenWeight(QTensor(codes.reshape(len(codes), -1), stored, None, spec), kind, tuple(codes.shape))
+
+    def symmetric(self, node: NodeProto, name: str) -> tuple[Tensor, Tensor]:
+        codes, scale, zero = (self.constants[i] for i in node.input)
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        if zero.any() or (scale.dim() == 1 and (axis != 0 or len(scale) != len(codes))):
+            raise VerifyError(f"{name}: its DequantizeLinear has a zero point, or its scales are not one for each row")
+        return codes, scale
+
+    def bias(self, node: NodeProto) -> Tensor:
+        made = self.maker(node.input[2])
+        if made is None:
+            return self.constants[node.input[2]]
+        return bias_values(*self.symmetric(made, f"{node.name}.bias"))
+
+    def input(self, node: NodeProto) -> FrozenInput:
+        spec = QuantSpec.from_dict(self.told["inputs"][node.name])
+        dequantize = self.maker(node.input[0])
+        quantize = None if dequantize is None else self.makers.get(dequantize.input[0])
+        if dequantize is None or quantize is None or quantize.input[1:] != dequantize.input[1:]:
+            raise VerifyError(f"{node.name}: its input does not pass through one QuantizeLinear and its inverse")
+        scale, zero = (self.constants[i] for i in dequantize.input[1:])
+        if zero.dtype != spec.type.storage or (spec.offset is None and zero.any()):
+            raise VerifyError(f"{node.name}: its input's zero point is not of {spec.label()}")
+        offset = None if spec.offset is None else zero.to(torch.int32).reshape(1, 1)
+        return FrozenInput(spec, True, _stored(scale.reshape(1, 1), spec, node.name), offset)
+
+
+def _stored(scale: Tensor, spec: QuantSpec, name: str) -> Tensor:
+    """float32 scales of the file in the dtype in which they were frozen: exact, or the file is not that of the spec."""
+    stored = scale.to(STORED[spec.scale])
+    if not stored.float().equal(scale):
+        raise VerifyError(f"{name}: a scale in the file is not a {spec.scale} number")
+    return stored
