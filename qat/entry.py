@@ -42,7 +42,7 @@ def train(argv: list[str]) -> None:
     resumed = overrides.resumed(argv)
     if resumed is not None:
         folder, max_steps = resumed
-        config = run_folder.read(folder) | {"run_dir": str(folder)}
+        config: dict[str, Any] = {**run_folder.read(folder), "run_dir": str(folder)}
         if max_steps is not None:
             config["trainer"]["max_steps"] = max_steps
         execute(config)
@@ -76,10 +76,12 @@ def launch(composed: DictConfig) -> None:
     """One composed job (several with --multirun)."""
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
     chosen = HydraConfig.get()
-    config["recipe"] = chosen.runtime.choices.recipe
+    config["recipe"] = chosen.runtime.choices["recipe"]
     config["target"] = chosen.runtime.choices.get("target")
     if isinstance(config["export"], str):
         config["export"] = [name for name in config["export"].replace("+", ",").split(",") if name]
+    if config["target"] is not None:
+        refuse_contradiction(config["target"], chosen.runtime.choices["scheme"], config["export"])
     given = {overrides.split(override)[0] for override in chosen.overrides.task}
     for name in ("model", "data"):  # a stand-in never replaces what the user named
         if "explicit" in config[name]:
@@ -87,6 +89,18 @@ def launch(composed: DictConfig) -> None:
     if config["run_dir"] is not None:
         run_folder.refuse_used(Path(config["run_dir"]))
     execute(config)
+
+
+def refuse_contradiction(target: str, scheme: str | None, export: list[str]) -> None:
+    """Raise UserError unless the run has the scheme that its target sets and exports no more than the target does."""
+    sets = OmegaConf.load(recipes.CONFIGS / "target" / f"{target}.yaml")
+    wanted = next(entry["override /scheme"] for entry in sets.defaults if "override /scheme" in entry)
+    beyond = [name for name in export if name not in sets.export]
+    if scheme != wanted:
+        raise UserError(f"scheme={scheme} contradicts target={target}, which sets scheme={wanted}; give target=null")
+    if beyond:
+        known = ", ".join(sets.export)
+        raise UserError(f"export={beyond[0]} contradicts target={target}, which exports {known}; give target=null")
 
 
 def execute(config: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -148,7 +148,8 @@ def _blocks(tokens: Dataset, size: int) -> Iterator[tuple[np.ndarray, np.ndarray
     held: list[tuple[np.ndarray, np.ndarray]] = []
     count = 0
     for batch in tokens.with_format("arrow").iter(batch_size=256):
-        ids, labels = (_flat(batch[name]) for name in ("input_ids", "labels"))
+        table = cast(pa.Table, batch)
+        ids, labels = _flat(table["input_ids"]), _flat(table["labels"])
         held.append((ids, labels))
         count += len(ids)
         if count >= max(FLUSH, size):

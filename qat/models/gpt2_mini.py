@@ -1,10 +1,10 @@
 """A small GPT-2 from nothing: its byte-level BPE is trained on the training split, its weights are random."""
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from qat.data.base import TokenData
 from qat.models.load import Loaded
@@ -19,7 +19,12 @@ class FromScratch:
         self, *, vocab_size: int, n_embd: int, n_layer: int, n_head: int, n_positions: int, dropout: float
     ) -> None:
         self.vocab_size = vocab_size
-        self.shape = {"n_embd": n_embd, "n_layer": n_layer, "n_head": n_head, "n_positions": n_positions}
+        self.shape: dict[str, Any] = {
+            "n_embd": n_embd,
+            "n_layer": n_layer,
+            "n_head": n_head,
+            "n_positions": n_positions,
+        }
         self.dropout = dropout
 
     def load(self, data: TokenData) -> Loaded:
@@ -38,11 +43,10 @@ class FromScratch:
             tie_word_embeddings=True,
             use_cache=False,
         )
-        model = GPT2LMHeadModel(config).to(torch.float32)
-        return Loaded(model=model, tokenizer=tokenizer, source="gpt2_scratch", fallback=None)
+        return Loaded(model=GPT2LMHeadModel(config), tokenizer=tokenizer, source="gpt2_scratch", fallback=None)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPT2TokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPT2Tokenizer:
     """GPT-2's kind of tokenizer (byte-level BPE, its pre-tokenizer, no added prefix space) over these texts."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,4 +57,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> GPT2TokenizerFast:
         vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
-    return GPT2TokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, unk_token=END)
+    return GPT2Tokenizer(tokenizer_object=bpe, bos_token=END, eos_token=END, unk_token=END)

@@ -25,7 +25,8 @@ class Optimizer:
         min_lr_ratio: float = 0.1,
         scale_lr: float = 1.0,
     ) -> None:
-        self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, tuple(betas), eps
+        self.lr, self.weight_decay, self.eps = lr, weight_decay, eps
+        self.betas = (betas[0], betas[1])  # YAML gives a list
         self.warmup_steps, self.min_lr_ratio, self.scale_lr = warmup_steps, min_lr_ratio, scale_lr
 
     def build(self, model: nn.Module, total_steps: int) -> dict[str, Any]:

@@ -5,16 +5,23 @@ import netrc
 import os
 from pathlib import Path
 
+import wandb
 from pytorch_lightning.loggers import WandbLogger
 
 
 def wandb_logger(*, project: str, run_dir: Path, arm: str) -> WandbLogger:
-    """A logger that writes under RUN/wandb; the same run and arm continue the same curve when resumed."""
+    """A logger under RUN/wandb: one wandb run for the whole job, metrics by arm; a resumed job continues it."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    name = f"{run_dir.parent.name}/{run_dir.name}"
-    identity = hashlib.sha256(f"{run_dir.resolve()}\0{arm}".encode()).hexdigest()[:12]
     return WandbLogger(
-        project=project, save_dir=run_dir, name=f"{name} {arm}", id=identity, resume="allow", offline=not logged_in()
+        project=project,
+        save_dir=run_dir,
+        name=f"{run_dir.parent.name}/{run_dir.name}",
+        id=hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12],
+        prefix=arm,
+        resume="allow",
+        offline=not logged_in(),
+        experiment=wandb.run,  # of an earlier arm
+        settings=wandb.Settings(silent=True, console="off"),
     )
 
 

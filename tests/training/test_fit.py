@@ -11,6 +11,7 @@ from torch import nn
 from qat.convert import fake_quantizers, prepare
 from qat.errors import UserError
 from qat.quantizers.lsq import LSQ
+from qat.quantizers.observed import Observed
 from qat.scheme import QuantSpec, Rule, Scheme
 from qat.training.schedule import QuantSchedule
 
@@ -69,6 +70,16 @@ def test_fake_quant_starts_at_its_step(tmp_path: Path) -> None:
     watch = Watch(quant_start_step=4)
     train(prepared(), tmp_path, callbacks=[watch])
     assert watch.seen == [(step, {step >= 4}) for step in range(10) for _ in range(2)]
+
+
+def test_observers_stop_at_their_step(tmp_path: Path) -> None:
+    def ranges(freeze: int | None, steps: int) -> list[torch.Tensor]:
+        model, run = prepared(), tmp_path / f"{freeze}-{steps}"
+        train(model, run, callbacks=[QuantSchedule(0, freeze)], max_steps=steps, lr=0.0)
+        return [q.scale.clone() for q in fake_quantizers(model).values() if isinstance(q, Observed)]
+
+    assert all(map(torch.equal, ranges(2, 2), ranges(2, 6)))
+    assert not all(map(torch.equal, ranges(None, 2), ranges(None, 6)))
 
 
 def test_best_weights_are_left_in_the_model(tmp_path: Path) -> None:
