@@ -123,11 +123,14 @@ def read(path: Path) -> Frozen:
     """
     file = path / FILE if path.is_dir() else path
     try:
-        reader = GGUFReader(file)
-        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
-        config = read_config(fields)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        return _read(file)
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise VerifyError(f"{file} is not a GGUF file that this export wrote: {error!r}") from error
+
+
+def _read(file: Path) -> Frozen:
+    reader = GGUFReader(file)
+    config = read_config({k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")})
     table = {to: name for name, to in names(config["model_type"], n_layers(config)).items()}
     derived = {"rope_freqs.weight"}
     frozen = Frozen({}, {}, config=config)

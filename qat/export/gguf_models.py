@@ -51,7 +51,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _llama_like(MODEL_ARCH.QWEN2),
     "qwen3": _llama_like(MODEL_ARCH.QWEN3),
 }
-# llama.cpp computes Mistral as Llama and says so, so that is how a file reads back
+MODEL_TYPE = "qat.model_type"  # ours: to llama.cpp a Mistral is a Llama
 MODEL_TYPES = {MODEL_ARCH_NAMES[f.arch]: name for name, f in reversed(FAMILIES.items())}
 
 
@@ -131,6 +131,7 @@ def extra_tensors(config: Config) -> dict[str, Tensor]:
 
 def write_metadata(w: GGUFWriter, config: Config) -> None:
     """The hyperparameters that llama.cpp needs, under their GGUF names."""
+    w.add_string(MODEL_TYPE, config["model_type"])
     w.add_block_count(n_layers(config))
     if config["model_type"] == "gpt2":
         w.add_context_length(config["n_positions"])
@@ -159,9 +160,9 @@ def write_metadata(w: GGUFWriter, config: Config) -> None:
 
 
 def read_config(fields: dict[str, Any]) -> Config:
-    """Metadata of a GGUF file -> the part of config.json that it holds."""
+    """Metadata of a GGUF file -> the part of config.json that it holds. Raises KeyError where some is missing."""
     arch = fields["general.architecture"]
-    model_type = MODEL_TYPES[arch]
+    model_type = fields.get(MODEL_TYPE, MODEL_TYPES[arch])
     get = {k.removeprefix(f"{arch}."): v for k, v in fields.items() if k.startswith(f"{arch}.")}
     if model_type == "gpt2":
         return {
