@@ -5,6 +5,7 @@ arrives. So one request (the listing of the repository, needed anyway) goes thro
 proxies, certificates and HF_ENDPOINT count, without retries; and one file is asked for `TRIES` times at most.
 """
 
+import glob
 import queue
 import re
 import threading
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import DatasetCard, HfApi, constants, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -76,23 +78,27 @@ def check_offline(offline: str, used: str, key: str) -> None:
         raise UserError(f"{key}.offline={offline} is not possible; choose error or {used}")
 
 
-def fetch(
-    repo: str, kind: Kind, key: str, *, choose: Callable[[Any], list[str]], complete: Callable[[Path], bool]
-) -> Path:
-    """A local folder with the files of `repo` that match the glob patterns `choose(info)`.
+Choose = Callable[[list[str], dict[str, Any]], list[str]]
 
-    `info` is the hub's ModelInfo or DatasetInfo. Without a network the cached snapshot counts if `complete(folder)`.
-    Raises Unreachable (no answer, nothing cached) and UserError (unknown or gated repository, download broken off).
+
+def fetch(repo: str, kind: Kind, key: str, choose: Choose) -> tuple[Path, list[str]]:
+    """A local folder, and the files in it that `choose(names of all files, the card's metadata)` picks from `repo`.
+
+    Without a network a cached snapshot counts if it has them all. Raises Unreachable (no answer, nothing cached) and
+    UserError (unknown or gated repository, a download that breaks off, and whatever `choose` raises).
     """
     try:
         info = probe(repo, kind, key)
     except Unreachable:
-        if (folder := cached(repo, kind)) is not None and complete(folder):
-            return folder
+        if (held := cached(repo, kind, choose)) is not None:
+            return held
         raise
+    card = info.card_data.to_dict() if info.card_data else {}
+    wanted = choose([sibling.rfilename for sibling in info.siblings or []], card)
+    patterns = ["README.md", *(glob.escape(name) for name in wanted)]
     try:
         with _bounded():
-            return Path(snapshot_download(repo, repo_type=kind, allow_patterns=choose(info)))
+            return Path(snapshot_download(repo, repo_type=kind, allow_patterns=patterns)), wanted
     except (httpx.HTTPError, XetDownloadError, EntryNotFoundError, OSError, RuntimeError) as e:
         if isinstance(e, HfHubHTTPError) and (refused := _refusal(e, repo, kind, key)):
             raise refused from e
@@ -102,12 +108,31 @@ def fetch(
         ) from e
 
 
-def cached(repo: str, kind: Kind) -> Path | None:
-    """The newest cached snapshot of `repo`, which may lack files; None if there is none. No network."""
+def cached(repo: str, kind: Kind, choose: Choose) -> tuple[Path, list[str]] | None:
+    """What `fetch` returns, from the cache alone; None unless all of it is there. No network."""
     try:
-        return Path(snapshot_download(repo, repo_type=kind, local_files_only=True, allow_patterns="config.json"))
+        # The pattern matches what need not exist: any snapshot is returned, complete or not.
+        folder = Path(snapshot_download(repo, repo_type=kind, local_files_only=True, allow_patterns="README.md/"))
     except EntryNotFoundError:
         return None
+    try:
+        names = [file.path for file in get_cached_repo_tree(repo, repo_type=kind)]
+    except (CachedRepoTreeNotFoundError, EntryNotFoundError):  # files that another program fetched one by one
+        names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    readme = folder / "README.md"
+    card = DatasetCard(readme.read_text(encoding="utf-8")).data.to_dict() if readme.is_file() else {}
+    try:
+        wanted = choose(names, card)
+    except UserError:
+        return None
+    whole = all((folder / name).is_file() for name in wanted) and not _lacks_shards(wanted)
+    return (folder, wanted) if whole else None
+
+
+def _lacks_shards(names: list[str]) -> bool:
+    """Whether of name-00001-of-00003.suffix and its like there are fewer than three."""
+    shards = Counter((m[1], m[2]) for name in names if (m := re.fullmatch(r"(.*)-\d+-of-(\d+)[^/]*", name)))
+    return any(count < int(of) for (_, of), count in shards.items())
 
 
 def probe(repo: str, kind: Kind, key: str) -> Any:

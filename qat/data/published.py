@@ -5,8 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import DatasetCard
-
 from qat import hub
 from qat.data.readers import READERS, find
 from qat.errors import UserError
@@ -26,27 +24,15 @@ def fetch(repo: str, config: str | None, key: str) -> dict[str, list[Path]]:
     Raises hub.Unreachable and UserError (see hub.fetch), UserError also for a configuration or format it lacks.
     """
 
-    def choose(info: Any) -> list[str]:
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        card = info.card_data.to_dict() if info.card_data else {}
-        return ["README.md", *(name for files in _splits(repo, names, card, config).values() for name in files)]
+    cards: dict[str, Any] = {}
 
-    def complete(folder: Path) -> bool:
-        try:
-            return all(_cached_splits(repo, folder, config).values())
-        except UserError:
-            return False
+    def choose(names: list[str], card: dict[str, Any]) -> list[str]:
+        cards.update(card)
+        return [name for files in _splits(repo, names, card, config).values() for name in files]
 
-    folder = hub.fetch(repo, "dataset", key, choose=choose, complete=complete)
-    splits = _cached_splits(repo, folder, config)
+    folder, wanted = hub.fetch(repo, "dataset", key, choose)
+    splits = _splits(repo, wanted, cards, config)
     return {split: [file for name in names for file in find(folder / name, key)] for split, names in splits.items()}
-
-
-def _cached_splits(repo: str, folder: Path, config: str | None) -> dict[str, list[str]]:
-    names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
-    readme = folder / "README.md"
-    card = DatasetCard(readme.read_text(encoding="utf-8")).data.to_dict() if readme.is_file() else {}
-    return _splits(repo, names, card, config)
 
 
 def _splits(repo: str, names: list[str], card: dict[str, Any], config: str | None) -> dict[str, list[str]]:
@@ -68,9 +54,8 @@ def _splits(repo: str, names: list[str], card: dict[str, Any], config: str | Non
     else:
         for name in readable:
             splits.setdefault(_word(name), []).append(name)
-    splits = {name: files for name, files in splits.items() if files}
-    if not splits:
-        raise UserError(f"{repo} holds no files of the kinds that are read: {', '.join(SUFFIXES)}")
+    if not splits or not all(splits.values()):
+        raise UserError(f"{repo} lacks files of the kinds that are read: {', '.join(SUFFIXES)}")
     if "train" not in splits:
         if len(splits) > 1:
             raise UserError(f"{repo} has no split 'train' but {', '.join(splits)}; give the files with data.path")

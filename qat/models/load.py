@@ -5,6 +5,7 @@ transformers only warns where weights are missing (and draws them at random) or 
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from qat.errors import UserError
 EMBEDDED = "gpt2_mini"
 ASSETS = Path(__file__).parents[1] / "assets" / EMBEDDED
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # all but weights (in subfolders too: small)
+SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # of what a model needs besides weights
 REMEDY = (
     "Add model=gpt2_mini for the embedded model, or model.path=FOLDER for one on disk; "
     "`python train.py recipe=quickstart` needs no network at all"
@@ -84,11 +85,11 @@ def load(
     if not hub.is_id(path):
         raise UserError(f"model.path={path}: there is no such folder")
 
-    def choose(info: Any) -> list[str]:
-        return _patterns(info, trust_remote_code)
+    def choose(names: list[str], card: dict[str, Any]) -> list[str]:
+        return _choose(path, names, trust_remote_code)
 
     try:
-        folder = hub.fetch(path, "model", "model.path", choose=choose, complete=_complete)
+        folder, _ = hub.fetch(path, "model", "model.path", choose)
     except hub.Unreachable as e:
         fallback = hub.stand_in(
             path, used=EMBEDDED, offline=offline, explicit=explicit, reason=str(e), key="model", remedy=REMEDY
@@ -106,22 +107,13 @@ def _embedded(options: dict[str, Any]) -> tuple[Any, Any]:
     return _read(ASSETS, "the embedded model", options)
 
 
-def _patterns(info: Any, trust_remote_code: bool) -> list[str]:
+def _choose(repo: str, names: list[str], trust_remote_code: bool) -> list[str]:
     """The files to download: one set of weights, safetensors where there are any; code only if it may run."""
-    names = {sibling.rfilename for sibling in info.siblings or []}
-    if any(n.startswith("model") and n.endswith(".safetensors") for n in names):
-        weights = ["model.safetensors", "model-*.safetensors"]
-    else:
-        weights = ["pytorch_model.bin", "pytorch_model-*.bin"]
-    return FILES + weights + (["*.py"] if trust_remote_code else [])
-
-
-def _complete(folder: Path) -> bool:
-    try:
-        _weights(folder, "")
-    except UserError:
-        return False
-    return (folder / "config.json").is_file()
+    for pattern in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
+        if weights := [name for name in names if re.fullmatch(pattern, name)]:
+            suffixes = (*SUFFIXES, ".py") if trust_remote_code else SUFFIXES
+            return [name for name in names if name.endswith(suffixes) and "/" not in name] + weights
+    raise UserError(f"{repo} holds no weights that transformers loads (model.safetensors, or its shards)")
 
 
 def _weights(folder: Path, label: str) -> list[Path]:
