@@ -11,8 +11,9 @@ def bias_scale(input_scale: Tensor, weight_scale: Tensor) -> Tensor:
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
-    """int64 [out]: float32 bias / scale, rounded half-even (in float64, where the quotient is as good as exact)."""
-    return (bias.double() / scale.double()).round().long()
+    """int32 [out]: float32 bias / scale, rounded half-even (in float64, where the quotient is as good as exact) and
+    limited to 2 * LARGEST: what is beyond LARGEST the grid cannot hold."""
+    return (bias.double() / scale.double()).round().clamp(-2 * LARGEST, 2 * LARGEST).int()
 
 
 def bias_values(codes: Tensor, scale: Tensor) -> Tensor:

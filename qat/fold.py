@@ -1,5 +1,7 @@
 """Batch normalisation folded into the layer before it, as runtimes do: quantize the weights that will be shipped."""
 
+from itertools import pairwise
+
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
@@ -19,11 +21,11 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     follows nothing it could be folded into.
     """
     model.eval()
-    for name, module in model.named_modules():
+    for module in model.modules():
         if not isinstance(module, nn.Sequential):
             continue
         children = list(module.named_children())
-        for (before, layer), (after, norm) in zip(children, children[1:], strict=False):
+        for (before, layer), (after, norm) in pairwise(children):
             fuse = FUSE.get((type(layer), type(norm)))  # type: ignore[arg-type]
             if fuse is not None:
                 setattr(module, before, fuse(layer, norm))  # type: ignore[arg-type]

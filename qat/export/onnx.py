@@ -70,7 +70,7 @@ def read(path: Path) -> Frozen:
 
 
 def _coming(frozen: Frozen, layers: list[Layer]) -> tuple[str, FrozenInput] | None:
-    """The next layer that multiplies, if only layers that commute with rounding are before it and it has an input grid."""
+    """The next layer that multiplies and its input grid, if it has one: what is before it commutes with rounding."""
     for layer in layers:
         if layer["kind"] not in COMMUTING:
             given = frozen.inputs.get(layer["name"])

@@ -82,7 +82,7 @@ class Graph:
                 f"export to onnx: {layer}.bias is not on its int32 grid (input scale * weight scale); call "
                 "qat.quantizers.bias.round_biases(model) before convert"
             )
-        return [weight, self.dequantized(f"{layer}.bias", codes.int(), scale)]
+        return [weight, self.dequantized(f"{layer}.bias", codes, scale)]
 
     def dequantized(self, name: str, codes: Tensor, scale: Tensor) -> str:
         """Symmetric codes with a float32 scale [1], or one for each entry of axis 0."""
@@ -98,7 +98,9 @@ class Graph:
         shape = ["N", *self.frozen.config["input_shape"]]
         inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)]
-        graph = helper.make_graph(self.nodes, self.frozen.config["architecture"], inputs, outputs, [*self.constants.values()])
+        graph = helper.make_graph(
+            self.nodes, self.frozen.config["architecture"], inputs, outputs, [*self.constants.values()]
+        )
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version, producer_name="qat"
         )

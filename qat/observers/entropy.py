@@ -23,11 +23,11 @@ class EntropyObserver(Histogram):
         super().__init__(bins=2 * bins)
         if bins < 2:
             raise UserError(f"the entropy search needs 2 bins or more, not {bins}")
-        self.half = bins
+        self.magnitude_bins = bins
 
     def range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         k, n = self.magnitudes()
-        shift = max(int(k[-1]).bit_length() - (self.half - 1).bit_length(), 0)
+        shift = max(int(k[-1]).bit_length() - (self.magnitude_bins - 1).bit_length(), 0)
         k = k >> shift
         counts = torch.zeros(int(k[-1]) + 1, dtype=torch.int64, device=k.device).index_add_(0, k, n)
         codes = spec.type.qmax - spec.type.qmin + 1

@@ -35,8 +35,8 @@ def round_biases(model: nn.Module) -> int:
         if (codes.abs() > LARGEST).any():
             i = int(codes.abs().argmax())
             raise UserError(
-                f"{path}.bias[{i}] = {float(bias[i]):.3g} is more than {LARGEST} steps of its grid: the weights of that "
-                "channel are almost zero; set them to zero (prune the channel) or leave this layer in floating point"
+                f"{path}.bias[{i}] = {float(bias[i]):.3g} is more than {LARGEST} steps of its grid: the weights of "
+                "that channel are almost zero; set them to zero or leave this layer in floating point"
             )
         bias.copy_(bias_values(codes, scale))
         done += 1

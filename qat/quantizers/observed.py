@@ -59,7 +59,7 @@ class Observed(FakeQuantize):
         low, high = self.observer.range(self.spec)
         q = qparams_from_range(low.reshape(1, 1), high.reshape(1, 1), self.spec)
         if not torch.isfinite(q.scale).all():
-            raise UserError(f"activations up to {float(high):.3g} overflow a {self.spec.scale} scale; use float32 scales")
+            raise UserError(f"activations up to {float(high):.3g} overflow {self.spec.scale} scales; use float32")
         self.scale.copy_(q.scale)
         if self.offset is not None and q.offset is not None:
             self.offset.copy_(q.offset)

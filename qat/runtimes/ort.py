@@ -12,7 +12,7 @@ from qat.runtimes import main
 FILE = "model.onnx"
 
 
-def _session(path: Path, optimized: Path | None = None):  # noqa: ANN202  (onnxruntime has no types)
+def _session(path: Path, optimized: Path | None = None):
     """A session on the file (or folder with model.onnx), one thread. Raises UserError if onnxruntime is missing."""
     try:
         import onnxruntime
