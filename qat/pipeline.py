@@ -21,10 +21,10 @@ from qat import run_folder
 from qat.audit import Audit, audit
 from qat.convert import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
 from qat.errors import UserError, VerifyError
-from qat.export import target_module
+from qat.export import refuse_tokenizers, target_module
 from qat.files import atomic_folder
 from qat.layers import layer_stats
-from qat.models.load import Loaded
+from qat.models.load import EMBEDDED_CONTEXT, Loaded
 from qat.observers.base import Observer
 from qat.report.audit import print_audit
 from qat.report.html import write_html
@@ -95,7 +95,10 @@ def run(
     if rules:
         with progress("audit") as outcome:
             audited = audit(loaded.model, rules, targets=export, config=_config(loaded.model))
+            refuse_tokenizers(export, tokenizer_files(loaded.tokenizer), _config(loaded.model))
             outcome.text = print_audit(audited, progress.console, training=trainer.keywords["max_steps"] > 0)
+    if loaded.fallback is not None:
+        data.block_size = min(data.block_size, EMBEDDED_CONTEXT)
     with progress("data") as outcome:
         data.attach(loaded.tokenizer)
         batch = data.evaluation(evaluation.split, evaluation.windows)

@@ -27,6 +27,14 @@ def target_module(target: str) -> ModuleType:
     return import_module(f"qat.export.{target}")
 
 
+def refuse_tokenizers(names: list[str], files: dict[str, bytes], config: dict[str, Any]) -> None:
+    """Raises UserError if a target cannot express the tokenizer (file name -> contents)."""
+    for name in names:
+        refuse = getattr(target_module(name), "refuse_tokenizer", None)
+        if refuse is not None and files and (why := refuse(files, config)):
+            raise UserError(f"export to {name}: {why}")
+
+
 def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:
     """Write `frozen` for `target` as the folder `path`, whole or not at all; returns `path`.
 

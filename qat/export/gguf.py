@@ -27,11 +27,13 @@ from qat.export.gguf_models import (
     row_order,
     write_metadata,
 )
-from qat.export.gguf_tokenizer import write_tokenizer
+from qat.export.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec
 
 RUNTIME = "llama_cpp"
+__all__ = ["FILE", "RUNTIME", "export", "known_difference", "read", "refuse", "refuse_tokenizer"]
+
 FILE = "model.gguf"
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
 

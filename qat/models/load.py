@@ -16,6 +16,7 @@ from qat import hub
 from qat.errors import UserError
 
 EMBEDDED = "gpt2_mini"
+EMBEDDED_CONTEXT = 256  # tokens it was trained on; its later positions are untrained
 ASSETS = Path(__file__).parents[1] / "assets" / EMBEDDED
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # of what a model needs besides weights
