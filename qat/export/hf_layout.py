@@ -25,15 +25,20 @@ def matrix(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], int(torch.Size(shape[1:]).numel())
 
 
+def _plain(x: Tensor) -> Tensor:
+    """x with the strides of its shape: `contiguous` leaves those of a dimension of size 1 as they are."""
+    return x if x.stride(-1) == 1 and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+
+
 def to_words(codes: Tensor, spec: QuantSpec) -> Tensor:
     """Codes (R, C), any integer dtype -> int32 words (R, ceil(C * bits / 32))."""
-    stored = codes.to(spec.type.storage).contiguous().view(torch.uint8)
+    stored = _plain(codes.to(spec.type.storage)).view(torch.uint8)
     return pack(stored + -spec.type.qmin, spec.type.bits)  # uint8 wraps, as it should
 
 
 def to_codes(words: Tensor, spec: QuantSpec, cols: int) -> Tensor:
     """Int32 words (R, W) -> codes (R, cols) in the spec's storage dtype."""
-    unsigned = unpack(words, spec.type.bits, cols)
+    unsigned = unpack(_plain(words), spec.type.bits, cols)
     return unsigned.view(torch.int8).add_(spec.type.qmin) if spec.type.qmin else unsigned  # int8 wraps too
 
 
@@ -41,7 +46,7 @@ def to_offset(stored: Tensor | None, spec: QuantSpec, rows: int) -> Tensor | Non
     """What `encode` stored as the offset -> the offset as affine.py takes it, (R / r, C / c)."""
     if stored is None or spec.offset != "zero_point":
         return stored
-    return unpack(stored.t().contiguous(), spec.type.bits, rows).t().to(torch.int32) + spec.type.qmin
+    return unpack(_plain(stored.t()), spec.type.bits, rows).t().to(torch.int32) + spec.type.qmin
 
 
 def encode(name: str, q: QTensor) -> dict[str, Tensor]:

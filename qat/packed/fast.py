@@ -85,12 +85,12 @@ def speed_up(model: Any, probe: Tensor | None = None) -> Speedup:
         size = model.config.get_text_config().vocab_size
         probe = torch.randint(0, size, (1, 16), generator=random).to(model.device)
     found = {n: m for n, m in model.named_modules() if isinstance(m, PackedLayer)}
+    linears = {n: m for n, m in found.items() if isinstance(m, PackedLinear)}
     exact = _output(model, probe)
     result = Speedup()
-    for name, layer in found.items():
-        why = _why_not(name, layer, found)
+    for name, layer in linears.items():
+        why = _why_not(layer, found)
         if why is None:
-            assert isinstance(layer, PackedLinear)
             fast = FastLinear(layer)
             why = _check(layer, fast)
             if why is None:
@@ -100,13 +100,15 @@ def speed_up(model: Any, probe: Tensor | None = None) -> Speedup:
         if why is not None:
             result.exact[name] = why
     result.max_difference = float((_output(model, probe) - exact).abs().max())
-    for name, why in result.exact.items():
-        log.warning("%s keeps the exact kernel: %s", name, why)
+    for why in dict.fromkeys(result.exact.values()):
+        names = [n for n, reason in result.exact.items() if reason == why]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        log.warning("%s%s: the exact kernel, because %s", names[0], more, why)
     log.warning(
-        "kernel='fast': %d of %d packed layers in bfloat16; largest difference from exact on %d tokens: %.3g "
+        "kernel='fast': %d of %d packed linear layers in bfloat16; largest difference from exact on %d tokens: %.3g "
         "(outputs up to %.3g)",
         len(result.fast),
-        len(found),
+        len(linears),
         probe.numel(),
         result.max_difference,
         float(exact.abs().max()),
@@ -133,10 +135,8 @@ def _group(layer: PackedLinear) -> int | None:
     return next((g for g in (256, 128, 64, 32) if size % g == 0), None)
 
 
-def _why_not(name: str, layer: PackedLayer, found: dict[str, PackedLayer]) -> str | None:
+def _why_not(layer: PackedLinear, found: dict[str, PackedLayer]) -> str | None:
     spec, scale = layer.spec, layer.weight_scale
-    if not isinstance(layer, PackedLinear):
-        return f"there is no kernel for {layer.kind}"
     if spec is None or scale is None or layer.input_spec is not None:
         return "its input is quantized"
     holder = next((n for n, m in found.items() if m is not layer and m.weight is layer.weight), None)
@@ -162,7 +162,7 @@ def _why_not(name: str, layer: PackedLayer, found: dict[str, PackedLayer]) -> st
 def _check(layer: PackedLinear, fast: FastLinear) -> str | None:
     """Both on random inputs: a kernel that is missing from this build of torch or wrong on this machine is not used."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(4, layer.cols, generator=random).to(layer.weight.device)
+    x = torch.randn(4, layer.cols, generator=random).to(layer.weight.device, layer.dtype)
     try:
         got, want = fast(x), layer(x)
     except (RuntimeError, NotImplementedError) as e:

@@ -1,0 +1,41 @@
+"""Transformers as a runtime: both kinds of folder give, in a process of their own, what the trained model computes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from prepared_models import ALL, IDS, LINEAR, logits, prepared
+from tiny_models import tiny_tokenizer
+
+from qat.errors import UserError, VerifyError
+from qat.export import export
+from qat.runtimes import run, transformers_folder
+
+
+@pytest.mark.parametrize(("kind", "rules", "method"), [("llama", LINEAR, "compressed-tensors"), ("gpt2", ALL, "qat")])
+def test_scores_are_those_of_the_trained_model(kind: str, rules: list, method: str, tmp_path: Path) -> None:
+    model, frozen = prepared(kind, rules)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    files = {f.name: f.read_bytes() for f in (tmp_path / "tokenizer").iterdir()}
+    path = export(dataclasses.replace(frozen, tokenizer=files), "hf", tmp_path / "out")
+    assert transformers_folder.method(path) == method
+    lines = ["the quick brown fox", "", "naïve"]
+    got = run("transformers_folder", path, score=IDS, logprobs=[[3, 4], [5, 6, 7]], tokenize=lines, version="")
+    want = logits(model).log_softmax(-1)
+    assert torch.equal(got["score"], want[:, :-1].gather(-1, IDS[:, 1:, None]).squeeze(-1))
+    with torch.no_grad():
+        last = [model(torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in ([3, 4], [5, 6, 7])]
+    assert torch.equal(got["logprobs"], torch.stack(last))
+    assert got["tokenize"] == [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    assert got["version"].startswith("transformers ")
+
+
+def test_a_folder_that_cannot_be_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"config\.json"):
+        run("transformers_folder", tmp_path, score=IDS)
+    path = export(prepared("gpt2", ALL)[1], "hf", tmp_path / "out")
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(VerifyError, match="transformers cannot run"):
+        run("transformers_folder", path, score=IDS)
