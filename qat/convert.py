@@ -173,7 +173,8 @@ def convert(
         if name in persistent and not name.startswith(skip):
             floats[name] = b.detach().cpu().clone()
     if config is None and hasattr(model, "config"):
-        config = model.config.to_dict()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        own: Any = model.config
+        config = dict(own) if isinstance(own, dict) else own.to_dict()
     return Frozen(weights, floats, inputs, ties, config or {}, tokenizer or {})
 
 

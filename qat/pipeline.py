@@ -26,6 +26,7 @@ from qat.files import atomic_folder
 from qat.layers import layer_stats
 from qat.models.load import EMBEDDED_CONTEXT, Loaded
 from qat.observers.base import Observer
+from qat.quantizers.bias import round_biases
 from qat.report.audit import print_audit
 from qat.report.html import write_html
 from qat.report.schema import Report, Stage, recovered, write_report
@@ -102,7 +103,7 @@ def run(
     with progress("data") as outcome:
         data.attach(loaded.tokenizer)
         batch = data.evaluation(evaluation.split, evaluation.windows)
-        outcome.text = f"{data.describe()['name']}, {len(batch['labels'])} rows of {evaluation.split} text to score"
+        outcome.text = f"{data.describe()['name']}, {len(batch['labels'])} {evaluation.split} rows to score"
     fallback = [vars(f) for f in (loaded.fallback, getattr(data, "fallback", None)) if f is not None]
     title = recipe + "".join(f"-OFFLINE-{f['used']}" for f in fallback[:1])
     _warn_stand_in(fallback, progress)
@@ -170,6 +171,7 @@ def run(
         fitted = train("qat", net, [QuantSchedule(quant_start_step, observer_freeze_step)], quant_start_step)
         set_fake_quant(net, True)
         freeze_observers(net)
+        round_biases(net)  # integer runtimes add int32 biases on the grid of the sums: measure what they compute
         answers = measure("qat", net)
         evaluating.save(answers, run_dir / "evaluation.safetensors")
         with progress("convert") as outcome:

@@ -25,13 +25,13 @@ def run(args: argparse.Namespace) -> None:
     from qat.data.custom import whole_text
     from qat.evaluation import mean_loss
     from qat.export import identify, target_module
-    from qat.packed.load import load, load_tokenizer
+    from qat.models.tokenizer import load_tokenizer
+    from qat.packed.load import load
     from qat.runtimes import run as run_in
-    from qat.verify import read_any
 
     target = "frozen" if (args.path / "frozen").is_dir() else identify(args.path)[0]
     in_torch = target in ("frozen", "hf")
-    tokenizer = load_tokenizer(args.path) if in_torch else load_tokenizer(read_any(args.path))
+    tokenizer = load_tokenizer(args.path)
     batch = whole_text(args.data, tokenizer, args.block_size, args.text_column, args.windows)
     ids = batch["input_ids"]
     if in_torch:

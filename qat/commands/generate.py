@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{args.path} is a {target} export, which has no text generation here")
     import torch
 
-    from qat.packed.load import load, load_tokenizer
+    from qat.models.tokenizer import load_tokenizer
+    from qat.packed.load import load
 
     tokenizer = load_tokenizer(args.path)
     model = load(args.path)

@@ -1,0 +1,26 @@
+"""The tokenizer of a run, a frozen folder or an export."""
+
+from pathlib import Path
+from typing import Any
+
+from qat.errors import UserError
+
+
+def load_tokenizer(path: Path) -> Any:
+    """A transformers tokenizer for whatever `path` is. Raises UserError if there is none beside it.
+
+    An export inside a run folder that has no Hugging Face tokenizer of its own (GGUF) uses the run's.
+    """
+    from transformers import AutoTokenizer
+
+    folder = path if path.is_dir() else path.parent
+    places = [
+        folder / "frozen" / "tokenizer",
+        folder / "tokenizer",
+        folder,
+        folder.parent.parent / "frozen" / "tokenizer",
+    ]
+    for place in places:
+        if (place / "tokenizer.json").is_file() or (place / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(place)
+    raise UserError(f"there is no tokenizer beside {path}; give the run folder, or put its tokenizer.json next to it")
