@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 
 
 class Checkpoints(pl.Callback):
-    """last.ckpt every `every_n_steps` optimiser steps and at the end, best.ckpt at the lowest val/loss.
+    """last.ckpt every `every_n_steps` optimiser steps and after each validation, best.ckpt at the lowest val/loss.
 
     Validations before `best_from_step` (while fake-quant is delayed) do not compete: they measure another model.
+    Where a validation follows a step (every `validate_every` steps) last.ckpt waits for it, since Lightning does not
+    repeat it on resume: else a kill in between would lose its verdict on the best weights.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int, best_from_step: int = 0) -> None:
+    def __init__(self, folder: Path, every_n_steps: int, validate_every: int, best_from_step: int = 0) -> None:
         self.folder, self.every_n_steps, self.best_from_step = folder, every_n_steps, best_from_step
+        self.validate_every = validate_every
         self.best: float | None = None
         self.saved_at, self.validated_at = -1, -1
 
@@ -32,29 +36,33 @@ class Checkpoints(pl.Callback):
         return self.folder / "best.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        """The best loss so far."""
-        return {"best": self.best}
+        """The best loss so far, and the step of the latest validation."""
+        return {"best": self.best, "validated_at": self.validated_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As saved."""
-        self.best = state_dict["best"]
+        self.best, self.validated_at = state_dict["best"], state_dict["validated_at"]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save after the optimiser step, not after each of its accumulated batches."""
         step = trainer.global_step
-        if step != self.saved_at and (step % self.every_n_steps == 0 or step == trainer.max_steps) and step > 0:
+        if step == self.saved_at or (trainer.enable_validation and step % self.validate_every == 0):
+            return
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.saved_at = step
             self._save(trainer, self.last_path)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save when better than before."""
-        loss = float(trainer.callback_metrics["val/loss"])
-        self.validated_at = trainer.global_step
-        if trainer.global_step > self.best_from_step and (self.best is None or loss < self.best):
+        """Save what is better than before, and where to go on from."""
+        loss, step = float(trainer.callback_metrics["val/loss"]), trainer.global_step
+        self.validated_at = step
+        if step > self.best_from_step and (self.best is None or loss < self.best):
             self.best = loss
             self._save(trainer, self.best_path, weights_only=True)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._save(trainer, self.last_path)
 
     def _save(self, trainer: pl.Trainer, path: Path, weights_only: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning.loggers.logger import Logger
 from rich.console import Console
 from torch import nn
@@ -74,9 +75,10 @@ def fit(
         raise UserError("trainer.precision=16-mixed is not supported; use bf16-mixed")
     if trainer.keywords["max_steps"] == 0:
         return Fitted(0, 0, None, None)
+    reset_seed()  # a resumed run may have skipped an earlier arm, which drew random numbers
     model.train()  # from_pretrained leaves dropout off
     module = task(model=model, optimizer=optimizer)
-    saver = Checkpoints(folder, checkpoint.every_n_steps, best_from_step)
+    saver = Checkpoints(folder, checkpoint.every_n_steps, evaluation.every_n_steps, best_from_step)
     clock = StepClock()
     made = trainer(
         default_root_dir=run_dir,
@@ -105,6 +107,7 @@ def fit(
     if saver.best_path.exists():
         state = torch.load(saver.best_path, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict(state)
+    data.trainer = None  # its batches start at the first one again, for calibration and the next arm
     return Fitted(made.global_step, clock.items, clock.step_seconds, saver.best)
 
 

@@ -2,8 +2,10 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from tiny_training import StopAt, gpt2, train
 from torch import nn
@@ -24,27 +26,61 @@ def prepared() -> nn.Module:
     return prepare(gpt2(), [rule], weight=LSQ)
 
 
-def last(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+class StopAtValidation(pl.Callback):
+    """Dies before or after the validation that follows optimiser step `step` has been looked at."""
+
+    def __init__(self, step: int, after: bool) -> None:
+        self.step, self.after = step, after
+
+    def on_validation_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and not self.after:
+            raise ConnectionAbortedError
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and self.after:
+            raise ConnectionAbortedError
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 8], ids=lambda step: f"killed-in-step-{step}")
-def test_interrupted_arm_ends_bit_identical(tmp_path: Path, step: int) -> None:
-    """Before the first checkpoint, within the delay, after it, after the observers froze."""
+def checkpoint(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / name, weights_only=True)["state_dict"]
 
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k != "items_per_second"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        pytest.param(StopAt(1), id="before-the-first-checkpoint"),
+        pytest.param(StopAt(3), id="in-the-delay"),
+        pytest.param(StopAtValidation(4, after=False), id="before-a-validation"),
+        pytest.param(StopAtValidation(4, after=True), id="after-a-validation"),
+        pytest.param(StopAt(5), id="after-the-delay"),
+        pytest.param(StopAt(8), id="after-the-observers-froze"),
+        pytest.param(StopAtValidation(10, after=False), id="before-the-last-validation"),
+    ],
+)
+def test_interrupted_arm_ends_bit_identical(tmp_path: Path, death: pl.Callback) -> None:
     def schedule() -> QuantSchedule:
         return QuantSchedule(quant_start_step=4, observer_freeze_step=7)
 
-    train(prepared(), tmp_path / "whole", callbacks=[schedule()])
+    whole, cut = prepared(), prepared()
+    train(whole, tmp_path / "whole", callbacks=[schedule()])
     with pytest.raises(ConnectionAbortedError):
-        train(prepared(), tmp_path / "cut", callbacks=[schedule(), StopAt(step)])
-    torch.manual_seed(99)  # nothing may depend on the state the resumed process starts in
-    fitted = train(prepared(), tmp_path / "cut", callbacks=[schedule()])
-    expected, found = last(tmp_path / "whole"), last(tmp_path / "cut")
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+        train(prepared(), tmp_path / "cut", callbacks=[schedule(), death])
+    fitted = train(cut, tmp_path / "cut", callbacks=[schedule()])
+    pairs = [(whole.state_dict(), cut.state_dict())]
+    pairs += [
+        tuple(checkpoint(tmp_path / run, name) for run in ("whole", "cut")) for name in ("last.ckpt", "best.ckpt")
+    ]
+    for expected, found in pairs:
+        assert expected.keys() == found.keys()
+        assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert fitted.steps == 10
     assert fitted.items == 10 * 2 * 3 * 16
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def test_metrics_continue_across_a_resume(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ class StopAt(pl.Callback):
 
 def train(model: Any, run: Path, *, callbacks: Any = (), lr: float = 1e-2, **trainer: Any) -> Fitted:
     """`fit` with small settings: 10 steps of 2 accumulated batches, a checkpoint at every second step."""
-    torch.manual_seed(1)
+    pl.seed_everything(1, verbose=False)
+    torch.seed()  # the state that an arm finds depends on what ran before it
     settings = {"max_steps": 10, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "log_every_n_steps": 1}
     settings |= {"accelerator": "cpu", "devices": 1, **trainer}
     return fit(
