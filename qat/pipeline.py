@@ -20,9 +20,11 @@ from qat import evaluation as evaluating
 from qat import run_folder
 from qat.audit import Audit, audit
 from qat.convert import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
+from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError
 from qat.export import refuse_tokenizers, target_module
 from qat.files import atomic_folder
+from qat.hub import Fallback
 from qat.layers import layer_stats
 from qat.models.load import EMBEDDED_CONTEXT, Loaded
 from qat.observers.base import Observer
@@ -88,6 +90,7 @@ def run(
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
 
     with progress("load") as outcome:
+        data, missed = _reached(data)
         loaded = model.load(data)
         size = sum(p.numel() for p in loaded.model.parameters())
         outcome.text = f"{loaded.source}, {size:,} parameters"
@@ -104,7 +107,7 @@ def run(
         data.attach(loaded.tokenizer)
         batch = data.evaluation(evaluation.split, evaluation.windows)
         outcome.text = f"{data.describe()['name']}, {len(batch['labels'])} {evaluation.split} rows to score"
-    fallback = [vars(f) for f in (loaded.fallback, getattr(data, "fallback", None)) if f is not None]
+    fallback = [vars(f) for f in (loaded.fallback, missed) if f is not None]
     title = recipe + "".join(f"-OFFLINE-{f['used']}" for f in fallback[:1])
     _warn_stand_in(fallback, progress)
     run_dir = run_dir or run_folder.default(title)
@@ -199,6 +202,15 @@ def run(
     if wrong:
         raise VerifyError("; ".join(wrong))
     return report  # type: ignore[return-value]
+
+
+def _reached(data: Any) -> tuple[Any, Fallback | None]:
+    """The data module, or the embedded corpus in its place where the hub cannot be reached and the recipe allows it."""
+    missed = data.reach()
+    if missed is None:
+        return data, None
+    same = {key: getattr(data, key) for key in ("block_size", "batch_size", "cache_dir", "seed", "workers")}
+    return StdlibData(**{**same, "cache_dir": str(same["cache_dir"])}), missed
 
 
 def _forward(device: torch.device, net: nn.Module, batch: dict[str, Tensor]) -> None:

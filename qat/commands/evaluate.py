@@ -22,7 +22,8 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from qat.data.custom import whole_text
+    from qat.data.custom import CustomData
+    from qat.data.stdlib import StdlibData
     from qat.evaluation import mean_loss
     from qat.export import identify, target_module
     from qat.models.tokenizer import load_tokenizer
@@ -32,7 +33,12 @@ def run(args: argparse.Namespace) -> None:
     target = "frozen" if (args.path / "frozen").is_dir() else identify(args.path)[0]
     in_torch = target in ("frozen", "hf")
     tokenizer = load_tokenizer(args.path)
-    batch = whole_text(args.data, tokenizer, args.block_size, args.text_column, args.windows)
+    options = {"block_size": args.block_size, "batch_size": 1}
+    data = StdlibData(**options)
+    if args.data:  # as its own validation file: all of it is scored, none is split off
+        data = CustomData(path=args.data, validation_path=args.data, text_column=args.text_column, **options)
+    data.attach(tokenizer)
+    batch = data.evaluation("test", args.windows)
     ids = batch["input_ids"]
     if in_torch:
         model = load(args.path)

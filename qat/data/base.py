@@ -22,6 +22,7 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 
 from qat.errors import UserError
+from qat.hub import Fallback
 from qat.training.sampler import StepSampler
 
 Split = Literal["train", "validation", "test"]
@@ -65,6 +66,10 @@ class TokenData(pl.LightningDataModule, ABC):
         """What the report says about the data: name, windows and tokens of every split used so far."""
         used = {split: {"windows": len(w), "tokens": len(w) * self.block_size} for split, w in self._windows.items()}
         return {"name": type(self).__name__, "block_size": self.block_size, "splits": used}
+
+    def reach(self) -> Fallback | None:
+        """Find the data if it is elsewhere; the stand-in to use if it is out of reach. Quick. Raises UserError."""
+        return None
 
     def attach(self, tokenizer: Any) -> None:
         """Set the tokenizer (a transformers tokenizer with an end-of-text token); forgets windows of another one."""

@@ -30,6 +30,9 @@ class Digits(pl.LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         self._all: Batch | None = None
 
+    def reach(self) -> None:
+        """The images are part of scikit-learn."""
+
     def attach(self, tokenizer: Any) -> None:
         """Images have no tokenizer."""
 
