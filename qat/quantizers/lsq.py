@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qat.affine import PORTABLE_MIN, QParams, store_ste, tile
+from qat.affine import QParams, store_ste, tile
 from qat.quantizers.base import FakeQuantize
 from qat.scheme import QuantSpec
 
@@ -48,5 +48,5 @@ class LSQ(FakeQuantize):
 
     def qparams(self, x: Tensor) -> QParams:
         # abs keeps the magnitude positive if an optimiser step carries it through zero
-        magnitude = _ScaleGrad.apply(self.scale.abs().clamp(min=PORTABLE_MIN), self.grad_scale)
+        magnitude = _ScaleGrad.apply(self.scale.abs(), self.grad_scale)
         return QParams(store_ste(magnitude * self.sign, self.spec.scale))  # pyright: ignore[reportOperatorIssue]
