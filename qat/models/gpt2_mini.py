@@ -31,7 +31,7 @@ class FromScratch:
         """Tokenizer, then the model; deterministic given torch's seed and the data."""
         tokenizer = train_tokenizer(data.rows("train")[data.text_column], self.vocab_size)
         tokenizer.model_max_length = self.shape["n_positions"]
-        end = tokenizer.eos_token_id
+        end: Any = tokenizer.eos_token_id
         config = GPT2Config(
             vocab_size=len(tokenizer),
             **self.shape,
