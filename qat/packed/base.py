@@ -111,7 +111,10 @@ class PackedLayer(nn.Module):
         if self.spec is None:
             w = self.weight.t() if self.kind == "Conv1D" else self.weight.reshape(self.rows, self.cols)
             return w[start:stop].to(dtype)
-        out = torch.empty(stop - start, self.cols, dtype=dtype, device=self.weight.device)
+        if self.kind == "Conv1D":  # in memory as the float layer has it: BLAS sums short inputs in another order else
+            out = torch.empty(self.cols, stop - start, dtype=dtype, device=self.weight.device).t()
+        else:
+            out = torch.empty(stop - start, self.cols, dtype=dtype, device=self.weight.device)
         offset = self.offsets()
         for piece in self.slabs(start, stop):
             out[piece.start - start : piece.stop - start] = self.values(piece, dtype, offset)

@@ -8,6 +8,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qat.packed.replace import replace_layers, tie_layers
 
+ALIGNMENT = 64  # bytes; what torch itself allocates by
+
 
 class QatConfig(QuantizationConfigMixin):
     """`quantization_config` of a folder that `qat.export.hf` wrote; see export/hf_layout.py for the keys."""
@@ -40,6 +42,9 @@ class QatQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         tie_layers(model, self.quantization_config.to_dict())
+        for p in model.parameters():  # BLAS sums one to three rows in another order if memory is mapped off a boundary
+            if p.is_floating_point() and p.device.type == "cpu" and p.data_ptr() % ALIGNMENT:
+                p.data = p.data.clone()
 
     def is_serializable(self) -> bool:
         return not self.fast

@@ -86,7 +86,11 @@ for name, (folder, kind, dtype) in json.loads(sys.argv[1]).items():
     try:
         model = cls.from_pretrained(folder, dtype=dtype)
         with torch.no_grad():
-            logits[name] = model(ids).logits
+            model(ids)  # decompresses
+            for p in model.parameters():
+                p.data = p.data.clone()  # mapped off a 64-byte boundary, BLAS sums one to three rows in another order
+            inputs = [ids, *(ids[:1, :n] for n in (1, 2, 3))]
+            logits[name] = torch.cat([model(i).logits.flatten() for i in inputs])
         answers[name] = str(model.dtype)
     except Exception as e:
         answers[name] = f"{type(e).__name__}: {e}"

@@ -82,6 +82,8 @@ def test_bit_equal_to_the_fake_quantized_model(grid: str, dtype: torch.dtype) ->
 def test_quantized_inputs(inputs: str, weight: str | None) -> None:
     chosen = rules(GRIDS[weight] if weight else None, INPUTS[inputs])
     chosen[0] = Rule(path="embedding", scheme=Scheme(weight=GRIDS["int8 channel"]))
+    if inputs == "token":  # a convolution's input has no tokens
+        chosen.insert(0, Rule(path="conv"))
     model = prepare(Net(), chosen)
     batches = [IDS, IDS + 1]
     calibrate(model, batches, lambda m, batch: m(batch))
