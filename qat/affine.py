@@ -5,7 +5,7 @@ the dtype of x; results are cast to the dtype of x last.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from qat.scheme import STORED, Block, QuantSpec, check_block
 
 PORTABLE_MIN = 2.0**-14  # float16's smallest normal number
+STRIP = 131072  # elements that `quantize` handles at a time
 
 
 class QParams(NamedTuple):
@@ -117,8 +118,7 @@ def _keep_bits(value: Tensor, drop: int) -> Tensor:
 
 def store_ste(value: Tensor, dtype: str) -> Tensor:
     """float32 -> the float32 value of the stored scale, with an identity gradient (for learned scales)."""
-    stored: Tensor = _Store.apply(value, dtype)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportAssignmentType]
-    return stored
+    return cast(Tensor, _Store.apply(value, dtype))  # pyright: ignore[reportUnknownMemberType]
 
 
 def block_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def quotients(x: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Ten
 
 def _steps(y: Tensor, low: Tensor | float, high: Tensor | float, spec: QuantSpec) -> Tensor:
     # the bounds are integers, so clamping before rounding gives the same codes as after
-    return round_to(y.clamp(low, high), spec.rounding, spec.type.qmin)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return round_to(y.clamp(low, high), spec.rounding, spec.type.qmin)  # pyright: ignore
 
 
 def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
@@ -260,8 +260,7 @@ def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.
     Differentiable. edge: how far beyond qmin..qmax, in steps, a value still gets a gradient. 0.5 covers every value
     that rounds to a code (so the clipped extreme of an absmax_half block keeps training); 0 is LSQ's hard edge.
     """
-    value: Tensor = _FakeQuantize.apply(x, *qparams, spec, edge)  # pyright: ignore[reportAssignmentType]
-    return value
+    return cast(Tensor, _FakeQuantize.apply(x, *qparams, spec, edge))  # pyright: ignore[reportUnknownMemberType]
 
 
 def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
@@ -272,7 +271,16 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
         raise ValueError(f"a scale is beyond the range of {spec.scale}: store scales as float32 or bfloat16")
     if qparams.offset is not None and not torch.isfinite(qparams.offset).all():
         raise ValueError(f"an offset is beyond the range of {spec.offset}: store offsets as float32 or bfloat16")
-    codes = untile(to_codes(x.detach(), qparams, spec)).to(spec.type.storage)
+    x = x.detach()
+    codes = torch.empty(x.shape, dtype=spec.type.storage, device=x.device)
+    r, _ = check_block((x.shape[0], x.shape[1]), spec.block)
+    whole = spec.block[0] == -1
+    step = max(1, STRIP // max(1, x.shape[1]))
+    step = step if whole else max(r, step // r * r)
+    for i in range(0, x.shape[0], step):  # strips that stay in cache, without a fresh page for every step
+        at = slice(None) if whole else slice(i // r, (i + step) // r)
+        part = QParams(*(None if t is None else t[at] for t in qparams))  # pyright: ignore[reportArgumentType]
+        codes[i : i + step] = untile(to_codes(x[i : i + step], part, spec))
     offset = qparams.offset
     return QTensor(codes, qparams.scale.detach(), None if offset is None else offset.detach(), spec)
 

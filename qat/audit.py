@@ -91,6 +91,7 @@ def audit(
 
     Raises UserError as listed above, naming the parameter and the nearest thing that works.
     """
+    _refuse_patterns(rules)
     rows: list[Row] = []
     first: dict[int, Row] = {}
     used: set[int] = set()
@@ -121,6 +122,7 @@ def audit(
             rows.append(row)
     _refuse_unused(rules, used, model)
     _refuse_shapes(rows)
+    _refuse_inputs(rows, rules)
     for target in targets:
         _refuse_target(rows, target, config or {})
     if rules and not any(r.spec for r in rows):
@@ -153,6 +155,31 @@ def _resolve_ties(rows: list[Row]) -> list[Row]:
             row = replace(row, spec=decided.spec, rule=decided.rule, reason=reason)
         out.append(row)
     return out
+
+
+def _refuse_patterns(rules: Sequence[Rule]) -> None:
+    for i, rule in enumerate(rules):
+        for pattern in (rule.path, rule.type):
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise UserError(f"rule {i + 1}: {pattern!r} is not a regular expression: {e}") from e
+
+
+def _refuse_inputs(rows: list[Row], rules: Sequence[Rule]) -> None:
+    """Inputs are flattened to rows of `in` features, of which there may be any number; a Conv2d's are not rows."""
+    for row in rows:
+        scheme = None if row.rule is None or not row.name.endswith("weight") else rules[row.rule].scheme
+        if scheme is None or scheme.input is None or row.kind == "Embedding":
+            continue
+        r, c = scheme.input.block
+        if row.kind == "Conv2d" and (r, c) != (-1, -1):
+            raise UserError(f"{row.module}: the input of a Conv2d takes block (-1, -1), not ({r}, {c})")
+        if r not in (1, -1) or (c != -1 and row.matrix[1] % c):
+            raise UserError(
+                f"{row.module}: input block ({r}, {c}) does not fit inputs of {row.matrix[1]} features; use (1, -1) "
+                "for one scale a token, (-1, -1) for one in all, or (1, n) with n a divisor"
+            )
 
 
 def _refuse_unused(rules: Sequence[Rule], used: set[int], model: nn.Module) -> None:

@@ -155,7 +155,7 @@ def convert(
             weights[name] = FrozenWeight(tensor, layer.kind, tuple(layer.weight.shape))
             owners[id(layer.weight)] = name
         if layer.input_quantizer is not None:
-            inputs[path] = _input(layer.input_quantizer)
+            inputs[path] = _input(path, layer.input_quantizer)
     if not weights and not inputs:
         raise UserError("nothing to convert: the model has no fake-quantized layer; call prepare first")
     floats: dict[str, Tensor] = {}
@@ -178,8 +178,10 @@ def convert(
     return Frozen(weights, floats, inputs, ties, config or {}, tokenizer or {})
 
 
-def _input(q: FakeQuantize) -> FrozenInput:
+def _input(path: str, q: FakeQuantize) -> FrozenInput:
     if isinstance(q, Observed):
+        if int(q.batches) == 0:
+            raise UserError(f"the input of {path} has no range: calibrate, or train a step, before converting")
         offset = None if q.offset is None else q.offset.detach().clone()
         return FrozenInput(q.spec, True, q.scale.detach().clone(), offset)
     return FrozenInput(q.spec, False)

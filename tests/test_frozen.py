@@ -1,0 +1,112 @@
+"""Frozen: the round trip through a folder, digests, and every flipped byte found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_convert import GPT2_RULES, STATIC, cnn, gpt2
+
+from qat.convert import calibrate, convert, prepare
+from qat.errors import UserError, VerifyError
+from qat.files import sha256
+from qat.frozen import Frozen, digest
+from qat.scheme import QuantSpec, Rule, Scheme
+
+ZERO = Scheme(weight=QuantSpec(qtype="uint4", block=(1, 32), range="minmax", offset="zero_point"))
+
+
+@pytest.fixture(scope="module")
+def frozen() -> Frozen:
+    rules = [Rule(path=".*c_fc", scheme=ZERO), *GPT2_RULES]
+    return convert(prepare(gpt2(), rules), tokenizer={"tokenizer.json": b"{}", "merges.txt": "é".encode()})
+
+
+@pytest.fixture
+def folder(frozen: Frozen, tmp_path: Path) -> Path:
+    frozen.save(tmp_path / "frozen")
+    return tmp_path / "frozen"
+
+
+def test_round_trip(frozen: Frozen, folder: Path) -> None:
+    back = Frozen.load(folder)
+    assert back.digests() == frozen.digests()
+    assert back.ties == frozen.ties
+    assert back.config == json.loads(json.dumps(frozen.config))
+    assert back.tokenizer == frozen.tokenizer
+    for name, w in frozen.weights.items():
+        other = back.weights[name]
+        assert (other.tensor.spec, other.kind, other.shape) == (w.tensor.spec, w.kind, w.shape)
+        assert torch.equal(other.dequantize(), w.dequantize())
+    assert [p.name for p in folder.parent.iterdir()] == ["frozen"]
+
+
+def test_static_inputs_round_trip(tmp_path: Path) -> None:
+    model = prepare(cnn(), [Rule(scheme=STATIC)])
+    calibrate(model, [torch.rand(2, 3, 8, 8)], lambda m, b: m(b))
+    frozen = convert(model)
+    frozen.save(tmp_path / "f")
+    back = Frozen.load(tmp_path / "f")
+    for name, i in frozen.inputs.items():
+        other = back.inputs[name]
+        assert (other.spec, other.static) == (i.spec, i.static)
+        assert torch.equal(other.scale, i.scale)
+        assert torch.equal(other.offset, i.offset)
+
+
+def test_saving_again_replaces_the_folder(frozen: Frozen, folder: Path) -> None:
+    (folder / "stray").write_text("x")
+    frozen.save(folder)
+    assert not (folder / "stray").exists()
+    assert Frozen.load(folder).digests() == frozen.digests()
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "frozen.json", "tokenizer/merges.txt"])
+def test_a_flipped_bit_is_found(name: str, folder: Path) -> None:
+    file = folder / name
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(VerifyError, match=Path(name).name):
+        Frozen.load(folder)
+
+
+def test_missing_and_truncated_files_are_found(folder: Path) -> None:
+    file = folder / "tensors.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-100])
+    with pytest.raises(VerifyError):
+        Frozen.load(folder)
+    file.unlink()
+    with pytest.raises(VerifyError, match="missing"):
+        Frozen.load(folder)
+
+
+def test_tensors_that_are_not_the_manifests_are_found(frozen: Frozen, folder: Path) -> None:
+    """Consistent files, but another tensor: the digests of tensors are a check of their own."""
+    content = bytearray((folder / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "tensors.safetensors").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["tensors.safetensors"]["sha256"] = sha256(folder / "tensors.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerifyError, match=r"tensor .* is not the one in the manifest"):
+        Frozen.load(folder)
+
+
+def test_a_folder_that_is_not_frozen_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a frozen folder"):
+        Frozen.load(tmp_path)
+
+
+def test_digests_see_dtype_shape_and_bytes() -> None:
+    x = torch.arange(6, dtype=torch.int8)
+    others = [x.to(torch.uint8), x.view(2, 3), x.flip(0), x.to(torch.int16)]
+    assert len({digest(t) for t in [x, *others]}) == 5
+    assert digest(x.view(2, 3).t()) == digest(x.view(2, 3).t().contiguous())
+
+
+def test_nbytes_is_that_of_dense_packing(frozen: Frozen) -> None:
+    codes = sum(w.tensor.codes.numel() * w.tensor.spec.type.bits for w in frozen.weights.values()) // 8
+    assert frozen.nbytes() > codes
+    assert frozen.nbytes() < sum(t.numel() * 4 for t in frozen.state_dict().values()) / 3
