@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qat.convert import prepare
+from qat.conversion import prepare
 from qat.data.stdlib import StdlibData
 from qat.evaluation import answer, figures
 from qat.models.load import load

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from qat import evaluation as evaluating
 from qat import run_folder
-from qat.audit import Audit, audit
-from qat.convert import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
+from qat.auditing import Audit, audit
+from qat.conversion import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
 from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError
-from qat.export import refuse_tokenizers, target_module
+from qat.exporters import refuse_tokenizers, target_module
 from qat.files import atomic_folder
 from qat.hub import Fallback
 from qat.layers import layer_stats

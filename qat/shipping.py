@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import UserError, VerifyError
-from qat.export import export
+from qat.exporters import export
 from qat.frozen import Frozen
 from qat.report.card import card
 from qat.report.schema import Export, Fallback, Stages

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertForSequenceClassification
 
-from qat.convert import convert, prepare
+from qat.conversion import convert, prepare
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec, Rule, Scheme
 

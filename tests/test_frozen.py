@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_convert import GPT2_RULES, STATIC, cnn, gpt2
 
-from qat.convert import calibrate, convert, prepare
+from qat.conversion import calibrate, convert, prepare
 from qat.errors import UserError, VerifyError
 from qat.files import sha256
 from qat.frozen import Frozen, digest

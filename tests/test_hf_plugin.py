@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from transformers.quantizers import auto
 
 from qat import hf_plugin
-from qat.export import export, hf
+from qat.exporters import export, hf
 from qat.packed.base import PackedLayer
 from qat.packed.quantizer import QatConfig, QatQuantizer
 from qat.scheme import QuantSpec

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     from qat.data.custom import CustomData
     from qat.data.stdlib import StdlibData
     from qat.evaluation import mean_loss
-    from qat.export import identify, target_module
+    from qat.exporters import identify, target_module
     from qat.models.tokenizer import load_tokenizer
     from qat.packed.load import load
     from qat.runtimes import run as run_in

@@ -15,9 +15,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises UserError for a grid that a target cannot hold, VerifyError if a written file is not equal."""
     from qat.errors import UserError
-    from qat.export import export, target_module
+    from qat.exporters import export, target_module
     from qat.report.card import model_card
-    from qat.verify import read_any, verify
+    from qat.verification import read_any, verify
 
     if not args.path.is_dir():
         raise UserError(f"{args.path} is not a folder: give a run folder or a frozen folder")

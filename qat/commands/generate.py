@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """GGUF files run in llama.cpp, the rest from packed integers in torch."""
     from qat.errors import UserError
-    from qat.export import identify, target_module
+    from qat.exporters import identify, target_module
     from qat.runtimes import run as run_in
 
     if args.tokens < 1:

@@ -15,8 +15,8 @@ def run(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from qat.scheme import bits_per_weight
-    from qat.verify import bits_per_weight as model_bits
-    from qat.verify import read_any
+    from qat.verification import bits_per_weight as model_bits
+    from qat.verification import read_any
 
     frozen = read_any(args.path)
     table = Table(box=None, header_style="bold")

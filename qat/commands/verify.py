@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Raises VerifyError naming the first tensor that differs."""
     from qat.files import atomic_write
-    from qat.verify import verify, verify_run
+    from qat.verification import verify, verify_run
 
     if (args.path / "frozen").is_dir():
         verdicts = verify_run(args.path)

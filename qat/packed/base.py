@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.affine import QParams, choose_qparams, fake_quantize, from_codes, tile
-from qat.export.hf_layout import matrix, to_codes, to_offset
+from qat.exporters.hf_layout import matrix, to_codes, to_offset
 from qat.scheme import STORED, QuantSpec, check_block
 
-SLAB = 2**18  # weights dequantized at a time: their temporaries stay in the processor's cache
+SLAB = 2**15  # weights dequantized at a time on a CPU: they stay in its cache, and torch starts no threads for so few
 
 
 class PackedLayer(nn.Module):
@@ -83,16 +83,32 @@ class PackedLayer(nn.Module):
 
     def values(self, index: Tensor | slice, dtype: torch.dtype, offset: Tensor | None) -> Tensor:
         """Rows of the weight (n, in). offset: that of the whole weight, as `offsets` gives it."""
+        spec, scale, at = self._grid_of(index)
+        codes = to_codes(self.weight[index], spec, self.cols)
+        some = None if offset is None else offset[at]
+        _, c = check_block((self.rows, self.cols), spec.block)
+        return from_codes(tile(codes, (1, c)), scale[at], some, spec, dtype)
+
+    def _grid_of(self, index: Tensor | slice) -> tuple[QuantSpec, Tensor, Tensor | slice]:
+        """The spec, all scales, and which of their rows belong to the weight's rows `index`."""
         assert self.spec is not None
         assert self.weight_scale is not None
-        r, c = check_block((self.rows, self.cols), self.spec.block)
-        at = index
-        if r > 1:
-            rows = torch.arange(self.rows, device=self.weight.device)[index] if isinstance(index, slice) else index
-            at = rows // r
-        codes = to_codes(self.weight[index], self.spec, self.cols)
-        some = None if offset is None else offset[at]
-        return from_codes(tile(codes, (1, c)), self.weight_scale[at], some, self.spec, dtype)
+        r, _ = check_block((self.rows, self.cols), self.spec.block)
+        if r == 1:
+            return self.spec, self.weight_scale, index
+        rows = torch.arange(self.rows, device=self.weight.device)[index] if isinstance(index, slice) else index
+        return self.spec, self.weight_scale, rows // r
+
+    def _fill(self, out: Tensor, piece: slice) -> None:
+        """`values` of whole bytes without offset, seven times as fast: in place, in the float32 rows `out`."""
+        spec, scale, at = self._grid_of(piece)
+        bits = spec.type.bits
+        raw = self.weight[piece].view(torch.uint8)[:, : self.cols * bits // 8]
+        codes = out.view(out.shape[0], -1, 8 // bits)
+        for i in range(8 // bits):
+            codes[..., i] = (raw.bitwise_right_shift(i * bits) if i else raw) & (2**bits - 1)
+        some = scale[at].float()
+        out.view(out.shape[0], some.shape[1], -1).add_(spec.type.qmin).mul_(some[..., None])
 
     def offsets(self) -> Tensor | None:
         """The offset of the whole weight, (out / r, in / c)."""
@@ -101,8 +117,8 @@ class PackedLayer(nn.Module):
         return to_offset(self.weight_offset, self.spec, self.rows // r)
 
     def slabs(self, start: int, stop: int) -> list[slice]:
-        """Rows start..stop in pieces of about SLAB weights."""
-        step = max(1, SLAB // self.cols)
+        """Rows start..stop in pieces of about SLAB weights; all at once on a GPU."""
+        step = stop - start if self.weight.is_cuda else max(1, SLAB // self.cols)
         return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
     def dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
@@ -115,9 +131,18 @@ class PackedLayer(nn.Module):
             out = torch.empty(self.cols, stop - start, dtype=dtype, device=self.weight.device).t()
         else:
             out = torch.empty(stop - start, self.cols, dtype=dtype, device=self.weight.device)
+        pieces, bits = self.slabs(start, stop), self.spec.type.bits
         offset = self.offsets()
-        for piece in self.slabs(start, stop):
-            out[piece.start - start : piece.stop - start] = self.values(piece, dtype, offset)
+        in_bytes = offset is None and 8 % bits == 0 and self.cols * bits % 8 == 0
+        buffer = torch.empty(pieces[0].stop - start if in_bytes else 0, self.cols, device=self.weight.device)
+        for piece in pieces:
+            rows = out[piece.start - start : piece.stop - start]
+            if in_bytes:
+                part = buffer[: rows.shape[0]]
+                self._fill(part, piece)
+                rows.copy_(part)
+            else:
+                rows.copy_(self.values(piece, dtype, offset))
         return out
 
     def quantized_input(self, x: Tensor) -> Tensor:

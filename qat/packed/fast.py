@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.export.hf_layout import to_codes
+from qat.exporters.hf_layout import to_codes
 from qat.packed.base import PackedLayer
 from qat.packed.linear import PackedLinear
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import nn
 
 from qat.errors import UserError, VerifyError
-from qat.export.hf import float_dtype, our_name, packed_tensors, quantization, weight_files
-from qat.export.hf_layout import describe
+from qat.exporters.hf import float_dtype, our_name, packed_tensors, quantization, weight_files
+from qat.exporters.hf_layout import describe
 from qat.frozen import Frozen
 from qat.packed.replace import replace_layers, tie_layers
 

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from qat.affine import QParams, choose_qparams
-from qat.convert import prepare
+from qat.conversion import prepare
 from qat.quantizers.fixed import Fixed
 from qat.scheme import Block, QuantSpec, Rule
 

@@ -6,7 +6,7 @@ import re
 from rich.console import Console
 from rich.table import Table
 
-from qat.audit import Audit, Row
+from qat.auditing import Audit, Row
 
 
 def print_audit(audited: Audit, console: Console, *, training: bool) -> str:

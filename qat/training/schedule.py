@@ -4,7 +4,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from qat import convert
+from qat import conversion
 
 
 class QuantSchedule(pl.Callback):
@@ -21,9 +21,9 @@ class QuantSchedule(pl.Callback):
         """Switch at the step, and once at the start of a resumed run."""
         enabled = trainer.global_step >= self.quant_start_step
         if enabled != self.enabled:
-            convert.set_fake_quant(pl_module, enabled)
+            conversion.set_fake_quant(pl_module, enabled)
             self.enabled = enabled
         if not self.frozen and self.observer_freeze_step is not None:
             self.frozen = trainer.global_step >= self.observer_freeze_step
             if self.frozen:
-                convert.freeze_observers(pl_module)
+                conversion.freeze_observers(pl_module)

@@ -1,7 +1,6 @@
 """The embedded corpus: what belongs to it, how it is split, and that it is the same every time."""
 
 import sysconfig
-from collections import Counter
 from pathlib import Path
 
 import pytest

@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from qat.convert import calibrate, prepare
+from qat.conversion import calibrate, prepare
 from qat.data.digits import Digits
 from qat.data.stdlib import StdlibData
 from qat.errors import UserError

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from qat.convert import prepare
+from qat.conversion import prepare
 from qat.modules import LAYERS, quantized_class
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.minmax import MinMax

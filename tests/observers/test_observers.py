@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy as scipy_entropy
 
 from qat.affine import fake_quantize, qparams_from_range
-from qat.convert import calibrate, convert, freeze_observers, prepare
+from qat.conversion import calibrate, convert, freeze_observers, prepare
 from qat.errors import UserError
 from qat.observers.ema import EMAObserver
 from qat.observers.entropy import EntropyObserver, kl_divergences

@@ -9,7 +9,7 @@ import torch
 from prepared_models import ALL, CHANNEL, IDS, INT4, NEGATIVE, ZERO, logits, prepared, rule
 
 import qat
-from qat.export import export
+from qat.exporters import export
 from qat.packed import fast
 from qat.packed.fast import FastLinear, Speedup
 from qat.scheme import QuantSpec

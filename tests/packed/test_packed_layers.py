@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qat.convert import calibrate, convert, freeze_observers, prepare
+from qat.conversion import calibrate, convert, freeze_observers, prepare
 from qat.errors import UserError
 from qat.frozen import Frozen
 from qat.packed import linear

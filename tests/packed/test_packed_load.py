@@ -14,7 +14,7 @@ from prepared_models import ALL, IDS, INT4, LINEAR, logits, prepared
 import qat
 from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
-from qat.export import export
+from qat.exporters import export
 from qat.frozen import Frozen, FrozenWeight
 from qat.packed.base import PackedLayer
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from qat.affine import QParams, choose_qparams, fake_quantize, qparams_from_range, tile
-from qat.convert import convert
+from qat.conversion import convert
 from qat.errors import UserError
 from qat.kernels import chunks as chunking
 from qat.ptq.mse import search

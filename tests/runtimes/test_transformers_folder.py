@@ -9,7 +9,7 @@ from prepared_models import ALL, IDS, LINEAR, prepared
 from tiny_models import tiny_tokenizer
 
 from qat.errors import UserError, VerifyError
-from qat.export import export
+from qat.exporters import export
 from qat.runtimes import run, transformers_folder
 
 

@@ -10,7 +10,7 @@ import torch
 from tiny_training import StopAt, gpt2, train
 from torch import nn
 
-from qat.convert import fake_quantizers, prepare
+from qat.conversion import fake_quantizers, prepare
 from qat.errors import UserError
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.observed import Observed

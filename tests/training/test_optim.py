@@ -5,7 +5,7 @@ import torch
 from tiny_training import gpt2
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
-from qat.convert import prepare
+from qat.conversion import prepare
 from qat.quantizers.lsq import LSQ
 from qat.scheme import QuantSpec, Rule, Scheme
 from qat.training.optim import Optimizer, factor, groups

@@ -12,7 +12,7 @@ from prepared_models import ALL, CHANNEL, INT4, INT8, LINEAR, NEGATIVE, ZERO, lo
 from safetensors.torch import load_file
 
 from qat.errors import UserError, VerifyError
-from qat.export import export, hf
+from qat.exporters import export, hf
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec
 

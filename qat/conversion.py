@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.affine import quantize
-from qat.audit import audit
+from qat.auditing import audit
 from qat.errors import UserError
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.modules import quantized_class

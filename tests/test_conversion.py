@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from qat.convert import calibrate, convert, fake_quantizers, freeze_observers, prepare, set_fake_quant
+from qat.conversion import calibrate, convert, fake_quantizers, freeze_observers, prepare, set_fake_quant
 from qat.errors import UserError
 from qat.modules.base import QuantLayer
 from qat.quantizers.lsq import LSQ

@@ -24,7 +24,7 @@ def target_module(target: str) -> ModuleType:
     """The file of a target. Raises UserError listing those there are."""
     if target not in targets():
         raise UserError(f"there is no export target {target!r}; there are {', '.join(targets())}")
-    return import_module(f"qat.export.{target}")
+    return import_module(f"qat.exporters.{target}")
 
 
 def refuse_tokenizers(names: list[str], files: dict[str, bytes], config: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@ import torch
 from test_convert import GPT2_RULES, INT4, INT8, cnn, gpt2, llama
 from torch import nn
 
-from qat.audit import audit
-from qat.convert import convert, prepare
+from qat.auditing import audit
+from qat.conversion import convert, prepare
 from qat.errors import UserError
 from qat.scheme import QuantSpec, Rule, Scheme
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat import evaluation
 from qat.errors import UserError, VerifyError
-from qat.export import identify, target_module
+from qat.exporters import identify, target_module
 from qat.files import read_manifest
 from qat.frozen import Frozen, FrozenWeight
 from qat.runtimes import run

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError
-from qat.export.gguf import export, read, refuse
-from qat.export.gguf_blocks import pack, unpack
+from qat.exporters.gguf import export, read, refuse
+from qat.exporters.gguf_blocks import pack, unpack
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec
 

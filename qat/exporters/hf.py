@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
-from qat.export import compressed_tensors
-from qat.export.hf_layout import decode, describe, encode, encode_input, matrix
+from qat.exporters import compressed_tensors
+from qat.exporters.hf_layout import decode, describe, encode, encode_input, matrix
 from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec
 

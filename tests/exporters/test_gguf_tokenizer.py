@@ -11,8 +11,8 @@ from tiny_text_models import CORPUS, VOCAB, byte_level_tokenizer, freeze, senten
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from qat.errors import UserError
-from qat.export.gguf import export
-from qat.export.gguf_tokenizer import known_difference, pre_tokenizer, refuse_tokenizer, scores, space_prefix
+from qat.exporters.gguf import export
+from qat.exporters.gguf_tokenizer import known_difference, pre_tokenizer, refuse_tokenizer, scores, space_prefix
 
 HARD = [
     "",

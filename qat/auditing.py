@@ -209,7 +209,7 @@ def _refuse_shapes(rows: list[Row]) -> None:
 
 
 def _refuse_target(rows: list[Row], target: str, config: dict[str, Any]) -> None:
-    refuse = import_module(f"qat.export.{target}").refuse
+    refuse = import_module(f"qat.exporters.{target}").refuse
     for row in rows:
         why = refuse(row.name, row.kind, row.shape, row.spec, config)
         if why:

@@ -13,7 +13,7 @@ from torch import Tensor
 from qat.affine import QTensor
 from qat.bias import bias_values
 from qat.errors import VerifyError
-from qat.export.onnx_graph import METADATA
+from qat.exporters.onnx_graph import METADATA
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import STORED, QuantSpec
 

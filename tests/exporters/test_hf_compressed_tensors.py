@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from qat.affine import choose_qparams, dequantize, quantize
 from qat.errors import UserError
-from qat.export import compressed_tensors, export, hf
-from qat.export.hf_layout import encode, to_codes, to_words
+from qat.exporters import compressed_tensors, export, hf
+from qat.exporters.hf_layout import encode, to_codes, to_words
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec
 

@@ -12,8 +12,8 @@ from typing import Any
 import onnx
 
 from qat.errors import UserError
-from qat.export.onnx_graph import COMMUTING, Graph, Layer
-from qat.export.onnx_read import read_model
+from qat.exporters.onnx_graph import COMMUTING, Graph, Layer
+from qat.exporters.onnx_read import read_model
 from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.export.hf_layout import encode
+from qat.exporters.hf_layout import encode
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec
 

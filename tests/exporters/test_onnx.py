@@ -11,11 +11,11 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from qat.convert import calibrate, convert, freeze_observers, prepare
+from qat.conversion import calibrate, convert, freeze_observers, prepare
 from qat.data.digits import Digits
 from qat.errors import UserError, VerifyError
-from qat.export import export
-from qat.export.onnx import FILE, read, refuse
+from qat.exporters import export
+from qat.exporters.onnx import FILE, read, refuse
 from qat.files import sha256
 from qat.models.digits_cnn import TrainedDigitsCNN
 from qat.models.sequential import describe

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
-from qat.export.gguf_blocks import QTYPES, TYPES, pack, refuse_grid, unpack
-from qat.export.gguf_models import (
+from qat.exporters.gguf_blocks import QTYPES, TYPES, pack, refuse_grid, unpack
+from qat.exporters.gguf_models import (
     FAMILIES,
     extra_tensors,
     n_layers,
@@ -27,7 +27,7 @@ from qat.export.gguf_models import (
     row_order,
     write_metadata,
 )
-from qat.export.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
+from qat.exporters.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec
 
