@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_convert import GPT2_RULES, INT4, INT8, cnn, gpt2, llama
+from test_conversion import GPT2_RULES, INT4, INT8, cnn, gpt2, llama
 from torch import nn
 
 from qat.auditing import audit

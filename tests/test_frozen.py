@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import GPT2_RULES, STATIC, cnn, gpt2
+from test_conversion import GPT2_RULES, STATIC, cnn, gpt2
 
 from qat.conversion import calibrate, convert, prepare
 from qat.errors import UserError, VerifyError

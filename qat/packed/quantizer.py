@@ -12,7 +12,7 @@ ALIGNMENT = 64  # bytes; what torch itself allocates by
 
 
 class QatConfig(QuantizationConfigMixin):
-    """`quantization_config` of a folder that `qat.exporters.hf` wrote; see export/hf_layout.py for the keys."""
+    """`quantization_config` of a folder that `qat.exporters.hf` wrote; see exporters/hf_layout.py for the keys."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Put packed layers into a model, as a `quantization_config` (see export/hf_layout.py) describes them."""
+"""Put packed layers into a model, as a `quantization_config` (see exporters/hf_layout.py) describes them."""
 
 from importlib import import_module
 from typing import Any
