@@ -174,7 +174,7 @@ def convert(
             floats[name] = b.detach().cpu().clone()
     if config is None and hasattr(model, "config"):
         own: Any = model.config
-        config = dict(own) if isinstance(own, dict) else own.to_dict()
+        config = dict(own) if isinstance(own, dict) else {**own.to_dict(), "architectures": [type(model).__name__]}
     return Frozen(weights, floats, inputs, ties, config or {}, tokenizer or {})
 
 

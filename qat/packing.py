@@ -19,7 +19,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         out = c[..., 0].clone()
         for i in range(1, per):
             out |= c[..., i] << (i * bits)
-        return out.view(torch.int32)
+        return out.reshape(-1).view(torch.int32).reshape(rows, words)
     period = 32 // math.gcd(32, bits)  # codes after which the pattern of words repeats
     span = period * bits // 32
     groups = math.ceil(cols / period)
@@ -31,7 +31,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         if shift + bits > 32:
             out[..., word + 1] |= c[..., i] >> (32 - shift)
     out &= 0xFFFFFFFF
-    return out.reshape(rows, -1)[:, :words].to(torch.uint32).view(torch.int32).contiguous()
+    return out.reshape(rows, -1)[:, :words].to(torch.uint32).reshape(-1).view(torch.int32).reshape(rows, words)
 
 
 def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
@@ -41,13 +41,13 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
         raise ValueError(f"{cols} codes of {bits} bits need {math.ceil(cols * bits / 32)} words a row, not {words}")
     if 8 % bits == 0:
         per = 8 // bits
-        b = packed.contiguous().view(torch.uint8)
+        b = packed.reshape(-1).view(torch.uint8).reshape(rows, words * 4)
         out = torch.stack([(b >> (i * bits)) & (2**bits - 1) for i in range(per)], -1)
         return out.reshape(rows, -1)[:, :cols].contiguous()
     period = 32 // math.gcd(32, bits)
     span = period * bits // 32
     groups = math.ceil(cols / period)
-    w = _pad(packed.contiguous().view(torch.uint32).to(torch.int64), groups * span).reshape(rows, groups, span)
+    w = _pad(packed.reshape(-1).view(torch.uint32).reshape(rows, words).to(torch.int64), groups * span).reshape(rows, groups, span)
     out = torch.empty(rows, groups, period, dtype=torch.uint8, device=packed.device)
     for i in range(period):
         word, shift = divmod(i * bits, 32)

@@ -223,7 +223,7 @@ def _forward(device: torch.device, net: nn.Module, batch: dict[str, Tensor]) -> 
 def _config(net: nn.Module) -> dict[str, Any]:
     """The description of the graph that exporters read: config.json, or a plain dict for other models."""
     config: Any = getattr(net, "config", {})
-    return dict(config) if isinstance(config, dict) else config.to_dict()
+    return dict(config) if isinstance(config, dict) else {**config.to_dict(), "architectures": [type(net).__name__]}
 
 
 def _nbytes(net: nn.Module, audited: Audit | None, stage: str) -> int:
