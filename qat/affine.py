@@ -123,6 +123,10 @@ def store_ste(value: Tensor, dtype: str) -> Tensor:
 
 def block_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """(low, high), each (R/r, C/c) float32: what `qparams_from_range` needs to know of each block of x."""
+    r, c = check_block((x.shape[0], x.shape[1]), spec.block)
+    if x.stride(0) < x.stride(1) and 1 in (r, c):  # a transposed matrix: thirty times as fast in its own order
+        low, high = block_range(x.t(), replace(spec, block=(c, r)))
+        return low.t(), high.t()
     t = tile(x.float(), spec.block)
     if spec.range != "signed_max":
         return t.amin((-1, -2)), t.amax((-1, -2))
@@ -249,7 +253,7 @@ class _FakeQuantize(torch.autograd.Function):
         scale = offset = None
         if ctx.learned:
             y, steps = rest
-            scale = (g * steps if ctx.exact else g * steps - passed * y).sum((-1, -2))
+            scale = (g * (steps if ctx.exact else steps - y.masked_fill(outside, 0.0))).sum((-1, -2))
             offset = (g if ctx.exact else g - passed).sum((-1, -2)) if ctx.needs_input_grad[2] else None
         return untile(passed).to(grads[0].dtype), scale, offset, None, None, None, None
 
@@ -281,8 +285,8 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
         at = slice(None) if whole else slice(i // r, (i + step) // r)
         part = QParams(*(None if t is None else t[at] for t in qparams))  # pyright: ignore[reportArgumentType]
         codes[i : i + step] = untile(to_codes(x[i : i + step], part, spec))
-    offset = qparams.offset
-    return QTensor(codes, qparams.scale.detach(), None if offset is None else offset.detach(), spec)
+    offset = None if qparams.offset is None else qparams.offset.detach().contiguous()
+    return QTensor(codes, qparams.scale.detach().contiguous(), offset, spec)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:

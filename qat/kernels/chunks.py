@@ -14,7 +14,7 @@ from torch import Tensor
 from qat.affine import QParams, round_to, tile
 from qat.scheme import Block, QuantSpec, check_block
 
-ELEMENTS = 131072  # half a megabyte of float32
+ELEMENTS = 131072  # half a megabyte of float32, for each thread
 _scratch = threading.local()
 
 
@@ -44,7 +44,7 @@ def chunks(w: Tensor, spec: QuantSpec) -> Iterator[Chunk]:
     dim = 0 if w.stride(0) >= w.stride(1) else 1
     size, unit = w.shape[dim], block[dim]
     whole = unit == size  # one block along this dimension: it may be cut anywhere, all pieces share its scale
-    step = size if w.is_cuda else max(1, ELEMENTS // max(1, w.shape[1 - dim]))
+    step = size if w.is_cuda else max(1, ELEMENTS * torch.get_num_threads() // max(1, w.shape[1 - dim]))
     step = step if whole else max(unit, step // unit * unit)
     every = slice(None)
     for start in range(0, size, step):
@@ -90,13 +90,13 @@ class Grid:
         (torch.mul if self.inverse else torch.div)(x, c.scales(self.divisor), out=y)
         return y
 
-    def steps_(self, c: Chunk, y: Tensor) -> Tensor:
-        """Clamp and round in place: codes less the zero point."""
+    def steps(self, c: Chunk, y: Tensor, out: Tensor) -> Tensor:
+        """Clamp and round, into `out`, which may be y: codes less the zero point."""
         low, high = self.bounds(c)
-        y.clamp_(low, high)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        torch.clamp(y, low, high, out=out)  # pyright: ignore[reportArgumentType, reportCallIssue]
         if self.spec.rounding == "half_even":
-            return y.round_()
-        return y.copy_(round_to(y, self.spec.rounding, self.spec.type.qmin))
+            return out.round_()
+        return out.copy_(round_to(out, self.spec.rounding, self.spec.type.qmin))
 
     def values_(self, c: Chunk, steps: Tensor) -> Tensor:
         steps.mul_(c.scales(self.scale))
@@ -125,7 +125,8 @@ def fake_quantized(w: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dt
     out = scratch("weight", w, dtype)
     for c in chunks(w, spec):
         piece = work(c, w, out)
-        grid.values_(c, grid.steps_(c, grid.quotients(c, w, piece)))
+        y = grid.quotients(c, w, piece)
+        grid.values_(c, grid.steps(c, y, y))
         if dtype != torch.float32:
             c.of(out).copy_(piece)
     return out

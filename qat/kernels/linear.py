@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.affine import QParams
+from qat.affine import QParams, tile
 from qat.kernels.chunks import Grid, chunks, fake_quantized, scratch, work
 from qat.quantizers.base import FakeQuantize
 
@@ -69,19 +69,16 @@ def _again(
         y = grid.quotients(c, w, piece)
         low, high = grid.bounds(c)
         outside = (y < low - quantizer.edge).logical_or_(y > high + quantizer.edge)
-        passed_y = None
-        if gs is not None and not exact:
-            passed_y = (g.float() * y).masked_fill_(outside, 0.0)
-        steps = grid.steps_(c, y)
-        if gs is not None:
-            part = g.float() * steps
-            c.scales(gs)[..., 0, 0].add_((part if passed_y is None else part.sub_(passed_y)).sum((-1, -2)))
         if go is not None:
             c.scales(go)[..., 0, 0].add_((g.float() if exact else g.float() * outside).sum((-1, -2)))
+        steps = grid.steps(c, y, y if gs is None else tile(scratch("steps", piece, torch.float32), c.block))
+        if gs is not None:  # y is not needed again: its memory takes the terms of the sum
+            terms = steps if exact else torch.sub(steps, y.masked_fill_(outside, 0.0), out=y)
+            c.scales(gs)[..., 0, 0].add_(torch.mul(g, terms, out=y).sum((-1, -2)))
         g.masked_fill_(outside, 0.0)
         grid.values_(c, steps)
-        if dtype != torch.float32:
-            c.of(out).copy_(piece)
+        if gs is not None or dtype != torch.float32:
+            c.tiled(out).copy_(steps)
     return out, gs, go
 
 

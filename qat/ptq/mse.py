@@ -41,6 +41,6 @@ def _errors(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     out = torch.zeros_like(grid.scale)
     for c in chunks(x, spec):
         y = grid.quotients(c, x, scratch("piece", c.of(x), torch.float32))
-        error = grid.values_(c, grid.steps_(c, y)).sub_(c.tiled(x)).square_()
+        error = grid.values_(c, grid.steps(c, y, y)).sub_(c.tiled(x)).square_()
         c.scales(out)[..., 0, 0].add_(error.sum((-1, -2)))
     return out
