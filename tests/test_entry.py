@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from tiny_run import call, command, corpus
 
 from qat import entry, recipes, run_folder
@@ -111,6 +112,16 @@ def test_a_run_leaves_the_folder_of_the_contract_and_resumes(
     longer = call([*command()[:2], f"resume={run}", "trainer.max_steps=3"], tmp_path / "cache")
     assert longer.returncode == 0, longer.stderr
     assert run_folder.read(run)["trainer"]["max_steps"] == 3
+
+
+def test_a_stand_in_never_replaces_a_path_that_the_user_gave(
+    capsys: pytest.CaptureFixture[str], in_an_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")  # nobody listens there
+    for path in ("model.path=someone/gpt2", "data.path=someone/corpus"):
+        message = refused(capsys, "recipe=gpt2_int4", "trainer.max_steps=0", path)
+        assert f"{path.partition('=')[2]} is not in the local cache" in message
+    assert list(in_an_empty_folder.iterdir()) == []
 
 
 @pytest.mark.parametrize(("flag", "shown"), [("--help", "recipe: "), ("--cfg=job", "seed: 0")])
