@@ -42,6 +42,8 @@ def train(argv: list[str]) -> None:
     resumed = overrides.resumed(argv)
     if resumed is not None:
         folder, max_steps = resumed
+        if folder.is_symlink():  # outputs/NAME/latest, which must not come to point at itself
+            folder = folder.parent / folder.readlink()
         config: dict[str, Any] = {**run_folder.read(folder), "run_dir": str(folder)}
         if max_steps is not None:
             config["trainer"]["max_steps"] = max_steps

@@ -158,6 +158,10 @@ def compare(written: Frozen, frozen: Frozen, verdict: Verdict) -> None:
             verdict.differences.append(
                 f"config {key} is {have_value!r} in the file, {want_value!r} in the frozen model"
             )
+    if written.tokenizer and frozen.tokenizer:  # a format with a tokenizer of its own is compared in its runtime
+        for name in frozen.tokenizer:
+            if written.tokenizer.get(name) != frozen.tokenizer.get(name):
+                verdict.differences.append(f"{name}: not the tokenizer's file of the frozen model")
     verdict.figures |= {"codes_equal": codes, "weights_equal": weights}
 
 

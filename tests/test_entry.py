@@ -47,6 +47,21 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str])
         ("seed=1,2", "seed"),
         ("seed=${nothing}", "nothing"),
         ("data.block_size=0", "data.block_size=0"),
+        ("data.workers=-1", "data.workers=-1"),
+        ("evaluation.every_n_steps=0", "evaluation.every_n_steps=0"),
+        ("evaluation.windows=0", "evaluation.windows=0"),
+        ("evaluation.split=tets", "evaluation.split='tets' does not fit"),
+        ("checkpoint.every_n_steps=0", "checkpoint.every_n_steps=0"),
+        ("calibration_batches=-1", "calibration_batches=-1"),
+        ("quant_start_step=-1", "quant_start_step=-1"),
+        ("seed=-1", "seed=-1"),
+        ("optimizer.lr=-1", "optimizer.lr=-1"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]"),
+        ("trainer.max_steps=-1", "trainer.max_steps"),
+        ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0"),
+        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1"),
+        ("trainer.devices=0", "Lightning refuses the trainer.* settings"),
+        ("target=null export=foo scheme=int4_g32", "no export target 'foo'"),
         ("target=llama_cpp export=hf", "export=hf contradicts target=llama_cpp"),
         ("target=llama_cpp export=hf+gguf", "export=hf contradicts target=llama_cpp"),
         ("target=llama_cpp scheme=int8_channel", "scheme=int8_channel contradicts target=llama_cpp"),
@@ -96,6 +111,22 @@ def test_latest_points_at_the_newest_default_folder(in_an_empty_folder: Path) ->
     assert paths[0] != paths[1]
     assert (Path("outputs") / "some recipe" / "latest").resolve() == paths[1].resolve()
     assert run_folder.read(paths[1]) == {"seed": 1, "run_dir": str(paths[1])}
+
+
+def test_resume_of_latest_goes_on_in_the_folder_behind_it(
+    in_an_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = run_folder.default("name")
+    run_folder.create(path, {"seed": 1})
+    latest = path.with_name("latest")
+
+    def execute(config: dict[str, object]) -> None:
+        run_folder.create(Path(str(config["run_dir"])), config)
+
+    monkeypatch.setattr(entry, "execute", execute)
+    assert entry.main([f"resume={latest}"]) == 0
+    assert latest.resolve() == path.resolve()
+    assert run_folder.read(latest) == {"seed": 1, "run_dir": str(path)}
 
 
 def test_a_run_leaves_the_folder_of_the_contract_and_resumes(
