@@ -94,9 +94,12 @@ class Grid:
         """Clamp and round, into `out`, which may be y: codes less the zero point."""
         low, high = self.bounds(c)
         torch.clamp(y, low, high, out=out)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return self.rounded_(out)
+
+    def rounded_(self, y: Tensor) -> Tensor:
         if self.spec.rounding == "half_even":
-            return out.round_()
-        return out.copy_(round_to(out, self.spec.rounding, self.spec.type.qmin))
+            return y.round_()
+        return y.copy_(round_to(y, self.spec.rounding, self.spec.type.qmin))
 
     def values_(self, c: Chunk, steps: Tensor) -> Tensor:
         steps.mul_(c.scales(self.scale))
@@ -119,14 +122,17 @@ def scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def fake_quantized(w: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
-    """w (R, C) -> its fake-quantized values in `dtype`, in a buffer that the next call on this thread overwrites."""
+def fake_quantized(w: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dtype, covers: bool = False) -> Tensor:
+    """w (R, C) -> its fake-quantized values in `dtype`, in a buffer that the next call on this thread overwrites.
+
+    covers: every quotient is known to round to a code (see `FakeQuantize.covers`), so nothing needs clamping.
+    """
     grid = Grid(qparams, spec)
     out = scratch("weight", w, dtype)
     for c in chunks(w, spec):
         piece = work(c, w, out)
         y = grid.quotients(c, w, piece)
-        grid.values_(c, grid.steps(c, y, y))
+        grid.values_(c, grid.rounded_(y) if covers else grid.steps(c, y, y))
         if dtype != torch.float32:
             c.of(out).copy_(piece)
     return out

@@ -24,7 +24,7 @@ class _FakeLinear(torch.autograd.Function):
         w = weight.t() if transposed else weight
         ctx.quantizer, ctx.transposed = quantizer, transposed
         ctx.save_for_backward(x, weight, *grid)
-        return F.linear(x, fake_quantized(w, QParams(*grid), quantizer.spec, x.dtype), bias)
+        return F.linear(x, fake_quantized(w, QParams(*grid), quantizer.spec, x.dtype, quantizer.covers), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,7 +57,7 @@ def _again(
     """The fake-quantized weight once more; on the way gw is set to zero beyond the edge, and the gradients of the
     scale and a floating offset are summed, if they are needed (the formulas of `affine.fake_quantize`)."""
     if gw is None or (quantizer.covers and not scale and not offset):
-        return fake_quantized(w, qparams, quantizer.spec, dtype), None, None
+        return fake_quantized(w, qparams, quantizer.spec, dtype, quantizer.covers), None, None
     grid = Grid(qparams, quantizer.spec)
     out = scratch("weight", w, dtype)
     gs = torch.zeros_like(grid.scale) if scale else None

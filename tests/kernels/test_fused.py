@@ -16,7 +16,7 @@ from qat.quantizers.base import FakeQuantize
 from qat.quantizers.fixed import Fixed
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.minmax import MinMax
-from qat.scheme import QuantSpec
+from qat.scheme import ROUNDINGS, QuantSpec
 
 ROWS, COLS = 96, 128
 SPECS = {
@@ -90,6 +90,7 @@ def test_values_and_gradients_equal_the_plain_expression(
     _, weight, _, q = args
     w = weight.detach().t() if transposed else weight.detach()
     assert torch.equal(fake_quantized(w, q.qparams(w), q.spec, dtype), q(w))
+    assert torch.equal(fake_quantized(w, q.qparams(w), q.spec, dtype, q.covers), q(w))
     ours, theirs = step(fake_linear, *args, transposed), step(plain, *args, transposed)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.dtype == b.dtype
@@ -173,3 +174,17 @@ def test_chunks_cover_every_element_once(spec: str, transposed: bool) -> None:
     for c in pieces:
         c.of(w).add_(1)
     assert torch.equal(w, torch.ones(ROWS, COLS))
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("qtype", ["int2", "int3", "int4", "int8"])
+@pytest.mark.parametrize("scale", ["portable", "float16", "float32"])
+def test_leaving_the_clamp_out_changes_nothing_where_the_grid_covers(rounding: str, qtype: str, scale: str) -> None:
+    for divide in ("stored", "exact", "stored_inverse", "exact_inverse"):
+        spec = QuantSpec(qtype=qtype, block=(1, 4), rounding=rounding, scale=scale, divide=divide)
+        sizes = 10.0 ** torch.arange(-6, 2).repeat(64)[:, None]
+        w = torch.randn(512, 64, generator=torch.Generator().manual_seed(0)) * sizes
+        qp = choose_qparams(w, spec)
+        assert MinMax(spec).covers
+        kept = fake_quantized(w, qp, spec, torch.float32).clone()
+        assert torch.equal(fake_quantized(w, qp, spec, torch.float32, covers=True), kept)
