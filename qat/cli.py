@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, disk_errors
 
 COMMANDS = {"eval": "evaluate", "export": "export", "verify": "verify", "inspect": "inspect", "generate": "generate"}
 
@@ -21,7 +21,8 @@ def main(argv: list[str] | None = None) -> int:
         return train(argv[1:])
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        with disk_errors():
+            args.run(args)
     except (UserError, VerifyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from qat import overrides, recipes, run_folder
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, disk_errors
 from qat.settings import check, suggestion
 
 
@@ -120,7 +120,8 @@ def execute(config: dict[str, Any]) -> None:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise
-    run(**objects | {"run_dir": run_dir, "config": config})
+    with disk_errors():
+        run(**objects | {"run_dir": run_dir, "config": config})
 
 
 def explain(error: Exception) -> str:

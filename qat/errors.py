@@ -1,5 +1,11 @@
 """The two failures a command reports without a traceback, and the exit code of each."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
 
 class UserError(Exception):
     """The user's input is wrong: the message names the thing and the remedy. Exit code 2."""
@@ -11,3 +17,21 @@ class VerifyError(Exception):
     """A written file does not hold what was frozen, or its runtime disagrees. Exit code 3."""
 
     exit_code = 3
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raise UserError unless `value`, the setting `name`, is `least` or more; NaN is not."""
+    if not value >= least:
+        raise UserError(f"{name}={value} is not possible; give {least} or more")
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A full, read-only or forbidden disk is the user's to put right: a UserError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        full = "No space left on device" in str(error)  # safetensors has an exception of its own for it
+        if not full and not (isinstance(error, OSError) and error.errno in DISK):
+            raise
+        raise UserError(f"cannot write: {error}; free some space there or write elsewhere") from error

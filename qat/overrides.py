@@ -24,8 +24,13 @@ def path_value(value: str) -> str:
 
 
 def quote(argument: str) -> str:
-    """Quote the value of a path key, so that spaces, commas, `=`, `#`, `(`, `$` and the like reach us unread."""
+    """Quote the value of a path key, so that spaces, commas, `=`, `#`, `(`, `$` and the like reach us unread.
+
+    `target=null` becomes the deletion of the group, which also drops what the target set.
+    """
     key, value = split(argument)
+    if argument == "target=null":  # Hydra cannot override a group by nothing where a recipe overrides it too
+        return "~target"
     if argument.startswith("-") or key not in PATHS or value in (None, "", "null"):
         return argument
     text = path_value(str(value)).replace("${", "\\${")  # OmegaConf would read ${…} as a reference

@@ -21,7 +21,7 @@ from qat import run_folder
 from qat.auditing import Audit, audit
 from qat.conversion import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
 from qat.data.stdlib import StdlibData
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, at_least
 from qat.exporters import refuse_tokenizers, target_module
 from qat.files import atomic_folder
 from qat.hub import Fallback
@@ -37,6 +37,7 @@ from qat.scheme import Rule
 from qat.shipping import ship, tokenizer_files
 from qat.stages import Stages
 from qat.training.fit import Checkpointing, Evaluation, Fitted, fit
+from qat.training.limits import refuse_trainer
 from qat.training.optim import Optimizer
 from qat.training.schedule import QuantSchedule
 
@@ -81,6 +82,12 @@ def run(
     Goes on from RUN/checkpoints where there are any. Raises UserError, or VerifyError once the report is written.
     """
     _quiet()
+    refuse_trainer(trainer)
+    at_least("calibration_batches", calibration_batches, 0)
+    at_least("quant_start_step", quant_start_step, 0)
+    at_least("observer_freeze_step", observer_freeze_step or 0, 0)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is not possible; give a number from 0 to {2**32 - 1}")
     pl.seed_everything(seed, verbose=False)
     progress = Stages()
     rules = scheme["rules"]
@@ -106,6 +113,7 @@ def run(
     with progress("data") as outcome:
         data.attach(loaded.tokenizer)
         batch = data.evaluation(evaluation.split, evaluation.windows)
+        _refuse_task(task, batch)
         outcome.text = f"{data.describe()['name']}, {len(batch['labels'])} {evaluation.split} rows to score"
     fallback = [vars(f) for f in (loaded.fallback, missed) if f is not None]
     title = recipe + "".join(f"-OFFLINE-{f['used']}" for f in fallback[:1])
@@ -211,6 +219,15 @@ def _reached(data: Any) -> tuple[Any, Fallback | None]:
         return data, None
     same = {key: getattr(data, key) for key in ("block_size", "batch_size", "cache_dir", "seed", "workers")}
     return StdlibData(**{**same, "cache_dir": str(same["cache_dir"])}), missed
+
+
+def _refuse_task(task: Callable[..., Any], batch: dict[str, Tensor]) -> None:
+    kind = getattr(task, "func", task)
+    if kind.field not in batch:
+        raise UserError(
+            f"{kind.__name__} reads {kind.field}, which these data do not have ({', '.join(batch)}): "
+            "task=causal_lm is for text, task=classifier for digits, each with a model of its kind"
+        )
 
 
 def _forward(device: torch.device, net: nn.Module, batch: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from qat.exporters import export
 from qat.frozen import Frozen
 from qat.report.card import card
 from qat.report.schema import Export, Fallback, Stages
+from qat.runtimes import environment
 from qat.stages import Stages as Progress
 
 
@@ -62,7 +63,7 @@ def verify_apart(path: Path, run_dir: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "verdict.json")
         command = [sys.executable, "-m", "qat", "verify", path, "--against", run_dir, "--json", answer]
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+        done = subprocess.run([str(c) for c in command], env=environment(), capture_output=True, text=True, check=False)
         if answer.is_file():
             (found,) = json.loads(answer.read_text()).values()
             return found

@@ -10,6 +10,15 @@ from qat import recipes
 from qat.errors import UserError
 from qat.overrides import quote, resumed
 
+
+def test_no_target_undoes_what_the_recipe_set() -> None:
+    with hydra.initialize_config_dir(str(recipes.CONFIGS), version_base="1.3"):
+        recipes.register()
+        composed = hydra.compose("train", ["recipe=quickstart", quote("target=null")])
+    assert composed.export == []
+    assert composed.scheme.rules == []
+
+
 PATHS = [
     "plain",
     "with space",

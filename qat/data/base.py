@@ -21,7 +21,7 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 
-from qat.errors import UserError
+from qat.errors import UserError, at_least
 from qat.hub import Fallback
 from qat.training.sampler import StepSampler
 
@@ -47,6 +47,7 @@ class TokenData(pl.LightningDataModule, ABC):
         for name, value in (("data.block_size", block_size), ("data.batch_size", batch_size)):
             if value < 1:
                 raise UserError(f"{name}={value} is not possible; give a positive number")
+        at_least("data.workers", workers, 0)
         self.block_size, self.batch_size, self.seed, self.workers = block_size, batch_size, seed, workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else CACHE
         self.tokenizer: Any = None

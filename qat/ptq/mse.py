@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from qat.affine import QParams, block_range, qparams_from_range
+from qat.errors import UserError, at_least
 from qat.kernels.chunks import Grid, chunks, scratch
 from qat.scheme import QuantSpec
 
@@ -16,6 +17,9 @@ def search(tensor: Tensor, spec: QuantSpec, *, lowest: float = 0.3, steps: int =
     middle where the offset is floating. Errors are measured in float32 on values with the stored scale. Raises
     ValueError if the block does not divide the shape.
     """
+    at_least("steps", steps, 1)
+    if not 0 < lowest <= 1:
+        raise UserError(f"lowest={lowest} is not possible; give a ratio above 0 and at most 1")
     x = tensor.float()
     low, high = block_range(x, spec)
     middle = (low + high) / 2 if spec.offset not in (None, "zero_point") else torch.zeros_like(low)

@@ -60,6 +60,12 @@ def _read(file: Path) -> dict[str, Any]:
     return values
 
 
+def environment() -> dict[str, str]:
+    """This process's environment, in which another Python finds this package even where it is not installed."""
+    package_root = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))}
+
+
 def run(runtime: str, path: Path, *, timeout: float = 1800.0, **calls: Value) -> dict[str, Any]:
     """Call functions of `qat/runtimes/RUNTIME.py` on the artefact at `path` in a process of their own.
 
@@ -70,12 +76,10 @@ def run(runtime: str, path: Path, *, timeout: float = 1800.0, **calls: Value) ->
         request, answer = Path(folder, "request.safetensors"), Path(folder, "answer.safetensors")
         _write(calls, request)
         command = [sys.executable, "-m", f"qat.runtimes.{runtime}", request, answer, "--path", Path(path).absolute()]
-        package_root = str(Path(__file__).parents[2])
-        python_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         try:
             done = subprocess.run(
                 [str(c) for c in command],
-                env={**os.environ, "PYTHONPATH": python_path},
+                env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

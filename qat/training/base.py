@@ -12,7 +12,12 @@ from qat.training.optim import Optimizer
 
 
 class Task(pl.LightningModule):
-    """Trains `model`. Subclasses give the steps and log val/loss (nats) and their metric at every validation."""
+    """Trains `model`. Subclasses give the steps and log val/loss (nats) and their metric at every validation.
+
+    field: the column of a batch that the model reads, by which data that belong to another task are refused.
+    """
+
+    field: str
 
     def __init__(self, *, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__()
@@ -37,7 +42,7 @@ class Task(pl.LightningModule):
             # the backward pass runs from the last layer to the first, so the last one listed was hit first
             where = f"first in {bad[-1]}" if bad else "their norm overflows"
             raise UserError(f"the gradients became non-finite at step {self.global_step}, {where}; {REMEDY}")
-        if gradient_clip_val is not None:
+        if gradient_clip_val:  # as Lightning's own: 0 means no clipping
             nn.utils.clip_grads_with_norm_([p for _, p in named], gradient_clip_val, self.grad_norm)
 
     def items(self, batch: Any) -> int:

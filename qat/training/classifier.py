@@ -14,6 +14,8 @@ Batch = dict[str, Tensor]
 class Classifier(Task):
     """Cross-entropy training; batches {"x": float32 [B, ...], "labels": int64 [B]}, model(x) gives logits [B, C]."""
 
+    field = "x"
+
     def __init__(self, *, model: nn.Module, optimizer: Optimizer, num_classes: int) -> None:
         super().__init__(model=model, optimizer=optimizer)
         self.validation_loss = MeanMetric().set_dtype(torch.float64)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -14,9 +14,10 @@ from pytorch_lightning.loggers.logger import Logger
 from rich.console import Console
 from torch import nn
 
-from qat.errors import UserError
+from qat.errors import at_least
 from qat.training.checkpoints import Checkpoints, RandomState
 from qat.training.finite import StopOnNonFinite
+from qat.training.limits import refuse_trainer
 from qat.training.metrics import CsvMetrics, LogMetrics
 from qat.training.optim import Optimizer
 from qat.training.progress import TrainingBar
@@ -27,8 +28,13 @@ class Evaluation:
     """`evaluation=`: how often to validate while training, and what every stage is measured on."""
 
     every_n_steps: int
-    split: str = "test"
+    split: Literal["train", "validation", "test"] = "test"
     windows: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("evaluation.every_n_steps", self.every_n_steps, 1)
+        if self.windows is not None:
+            at_least("evaluation.windows", self.windows, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,9 @@ class Checkpointing:
     """`checkpoint=`: how often last.ckpt is written, in optimiser steps."""
 
     every_n_steps: int
+
+    def __post_init__(self) -> None:
+        at_least("checkpoint.every_n_steps", self.every_n_steps, 1)
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,7 @@ def fit(
 
     Goes on from `folder`/last.ckpt if there is one. With max_steps=0 nothing happens.
     """
-    if trainer.keywords.get("max_steps", -1) < 0:
-        raise UserError("trainer.max_steps must be given, 0 or more: it is what ends a run")
-    if trainer.keywords.get("precision") == "16-mixed":
-        raise UserError("trainer.precision=16-mixed is not supported; use bf16-mixed")
+    refuse_trainer(trainer)
     if trainer.keywords["max_steps"] == 0:
         return Fitted(0, 0, None, None)
     reset_seed()  # a resumed run may have skipped an earlier arm, which drew random numbers

@@ -13,6 +13,8 @@ Batch = dict[str, Tensor]
 class CausalLM(Task):
     """Next-token training; batches {"input_ids": int64 [B, T], "labels": int64 [B, T]}, -100 ignored."""
 
+    field = "input_ids"
+
     def __init__(self, *, model: nn.Module, optimizer: Optimizer, gradient_checkpointing: bool = False) -> None:
         super().__init__(model=model, optimizer=optimizer)
         if gradient_checkpointing:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.errors import UserError, at_least
 from qat.quantizers.base import FakeQuantize
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -25,6 +26,11 @@ class Optimizer:
         min_lr_ratio: float = 0.1,
         scale_lr: float = 1.0,
     ) -> None:
+        named = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "min_lr_ratio": min_lr_ratio, "scale_lr": scale_lr}
+        for name, value in {**named, "warmup_steps": warmup_steps}.items():
+            at_least(f"optimizer.{name}", value, 0)
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"optimizer.betas={list(betas)} is not possible; give two numbers from 0 to below 1")
         self.lr, self.weight_decay, self.eps = lr, weight_decay, eps
         self.betas = (betas[0], betas[1])  # YAML gives a list
         self.warmup_steps, self.min_lr_ratio, self.scale_lr = warmup_steps, min_lr_ratio, scale_lr

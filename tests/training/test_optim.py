@@ -1,8 +1,10 @@
 """Parameter groups and the schedule, the latter against transformers' own."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_training import gpt2
+from tiny_training import gpt2, train
 from transformers import LlamaConfig, LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
 from qat.conversion import prepare
@@ -55,3 +57,12 @@ def test_cosine_is_that_of_transformers() -> None:
 def test_warm_up_ends_at_the_full_rate_and_the_floor_holds() -> None:
     assert [factor(step, 4, 100, 0.1) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factor(100, 4, 100, 0.1) == factor(1000, 4, 100, 0.1) == pytest.approx(0.1)
+
+
+def test_clipping_at_zero_is_none_at_all(tmp_path: Path) -> None:
+    runs = [gpt2(dropout=0.0) for _ in range(2)]
+    runs[1].load_state_dict(runs[0].state_dict())
+    for model, clip in zip(runs, (0, None), strict=True):
+        train(model, tmp_path / str(clip), max_steps=2, gradient_clip_val=clip)
+    for a, b in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        assert torch.equal(a, b)
