@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -84,10 +85,21 @@ def next_commands(report: Report, run_dir: Path) -> list[str]:
         model = _literal(_file(paths["onnx"], "*.onnx"))
         code = f"import onnxruntime as o; s = o.InferenceSession({model}); "
         code += "print([(i.name, i.type, i.shape) for i in s.get_inputs()])"
-        commands.append(f"python -c {shlex.quote(code)}")
+        commands.append(f"{_tool('python')} -c {shlex.quote(code)}")
     if quality_name(report) == "perplexity":
-        commands.append(f"qat generate {shlex.quote(str(run_dir))} --prompt {shlex.quote(PROMPT)}")
-    return commands if len(commands) >= 3 else [*commands, f"qat inspect {shlex.quote(str(run_dir))}"]
+        commands.append(f"{_tool('qat')} generate {shlex.quote(str(run_dir))} --prompt {shlex.quote(PROMPT)}")
+    return commands if len(commands) >= 3 else [*commands, f"{_tool('qat')} inspect {shlex.quote(str(run_dir))}"]
+
+
+def _tool(name: str) -> str:
+    """`python` or `qat` of this environment: the bare name only where the shell would find just that one."""
+    bin_folder = Path(sys.executable).parent
+    found = shutil.which(name)
+    if found is not None and Path(found).parent == bin_folder:
+        return name
+    if name != "python" and not (bin_folder / name).exists():
+        return f"{_tool('python')} -m {name}"
+    return shlex.quote(sys.executable if name == "python" else str(bin_folder / name))
 
 
 def _file(path: Path, pattern: str) -> Path:
@@ -109,7 +121,7 @@ def _llama_cpp(model: Path) -> str:
         f"p.model.path = {_literal(model)}; "
         f'print(x.Server(p).handle_completions({{"prompt": "{PROMPT}", "max_tokens": 40}})["choices"][0]["text"])'
     )
-    return f"python -c {shlex.quote(code)}"
+    return f"{_tool('python')} -c {shlex.quote(code)}"
 
 
 def _transformers(folder: Path) -> str:
@@ -121,4 +133,4 @@ def _transformers(folder: Path) -> str:
         f"{'import qat; ' if ours else ''}from transformers import pipeline; "
         f'print(pipeline("text-generation", {_literal(folder)})("{PROMPT}", max_new_tokens=40)[0]["generated_text"])'
     )
-    return f"python -c {shlex.quote(code)}"
+    return f"{_tool('python')} -c {shlex.quote(code)}"

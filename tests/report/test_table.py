@@ -86,10 +86,11 @@ def test_three_commands_with_absolute_paths(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     llama, hf, generate = next_commands(sample.language_report(), Path("a run"))
     assert f'p.model.path = "{run}/export/gguf/model.gguf"' in llama
-    assert llama.startswith("python -c 'import xllamacpp")
+    assert llama.startswith(f"{sys.executable} -c 'import xllamacpp")  # nor a `python`
     assert f'"{run}/export/hf"' in hf
-    assert hf.startswith("python -c 'import qat; ")
-    assert generate == f"qat generate '{run}' --prompt The"
+    assert hf.startswith(f"{sys.executable} -c 'import qat; ")
+    assert generate.startswith(str(Path(sys.executable).parent))
+    assert generate.endswith(f"qat generate '{run}' --prompt The")
 
 
 def test_llama_cli_is_preferred_and_plain_transformers_needs_no_import(
@@ -107,7 +108,10 @@ def test_llama_cli_is_preferred_and_plain_transformers_needs_no_import(
     assert "import qat" not in hf
 
 
-def test_runs_without_exports_or_text_get_the_commands_that_apply(tmp_path: Path) -> None:
+def test_runs_without_exports_or_text_get_the_commands_that_apply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: str(Path(sys.executable).with_name(name)))  # an active environment
     run = tmp_path
     assert next_commands(sample.pretrain_report(), run) == [f"qat generate {run} --prompt The", f"qat inspect {run}"]
     assert [c.split()[0] for c in next_commands(sample.classifier_report(), run)] == ["python", "qat"]
