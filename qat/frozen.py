@@ -94,7 +94,7 @@ class Frozen:
                 for n, w in self.weights.items()
             },
             "inputs": {n: {"spec": i.spec.to_dict(), "static": i.static} for n, i in self.inputs.items()},
-            "floats": sorted(self.floats),
+            "floats": list(self.floats),
             "ties": self.ties,
             "config": self.config,
         }
