@@ -75,6 +75,9 @@ def next_commands(report: Report, run_dir: Path) -> list[str]:
     """Shell lines, ready to paste from any folder: run the file in llama.cpp, load the folder in transformers (or
     onnxruntime), `qat generate`. What this run has no file for is left out; `qat inspect` fills up."""
     run_dir = run_dir.absolute()
+    if "ptq" not in report["stages"]:  # a float run has RUN/model alone: run it, quantize it
+        model = run_dir / "model"
+        return [_transformers(model), f"{_tool('qat')} train recipe=quickstart {shlex.quote(f'model.path={model}')}"]
     paths = {target: run_dir / entry["path"] for target, entry in report["exports"].items()}
     commands: list[str] = []
     if "gguf" in paths:

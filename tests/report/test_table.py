@@ -113,7 +113,9 @@ def test_runs_without_exports_or_text_get_the_commands_that_apply(
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: str(Path(sys.executable).with_name(name)))  # an active environment
     run = tmp_path
-    assert next_commands(sample.pretrain_report(), run) == [f"qat generate {run} --prompt The", f"qat inspect {run}"]
+    hf, quantize = next_commands(sample.pretrain_report(), run)
+    assert f'"{run}/model"' in hf
+    assert quantize == f"qat train recipe=quickstart model.path={run}/model"
     assert [c.split()[0] for c in next_commands(sample.classifier_report(), run)] == ["python", "qat"]
 
 
