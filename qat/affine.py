@@ -286,7 +286,8 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
         part = QParams(*(None if t is None else t[at] for t in qparams))  # pyright: ignore[reportArgumentType]
         codes[i : i + step] = untile(to_codes(x[i : i + step], part, spec))
     offset = None if qparams.offset is None else qparams.offset.detach().contiguous()
-    return QTensor(codes, qparams.scale.detach().contiguous(), offset, spec)
+    # a learned scale holds the stored value in float32, for its gradient
+    return QTensor(codes, qparams.scale.detach().to(STORED[spec.scale]).contiguous(), offset, spec)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:

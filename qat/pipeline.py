@@ -27,6 +27,7 @@ from qat.files import atomic_folder
 from qat.hub import Fallback
 from qat.layers import layer_stats
 from qat.models.load import EMBEDDED_CONTEXT, Loaded
+from qat.models.positions import refuse_longer
 from qat.observers.base import Observer
 from qat.quantizers.bias import round_biases
 from qat.report.audit import print_audit
@@ -110,6 +111,7 @@ def run(
             outcome.text = print_audit(audited, progress.console, training=trainer.keywords["max_steps"] > 0)
     if loaded.fallback is not None:
         data.block_size = min(data.block_size, EMBEDDED_CONTEXT)
+    refuse_longer("data.block_size", getattr(data, "block_size", 0), _config(loaded.model))
     with progress("data") as outcome:
         data.attach(loaded.tokenizer)
         batch = data.evaluation(evaluation.split, evaluation.windows)

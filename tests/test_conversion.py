@@ -11,6 +11,7 @@ from qat.conversion import calibrate, convert, fake_quantizers, freeze_observers
 from qat.errors import UserError
 from qat.modules.base import QuantLayer
 from qat.quantizers.lsq import LSQ
+from qat.quantizers.minmax import MinMax
 from qat.scheme import QuantSpec, Rule, Scheme
 
 INT4 = Scheme(weight=QuantSpec(qtype="int4", block=(1, 32)))
@@ -53,6 +54,12 @@ def test_names_and_identities_are_kept() -> None:
     assert all(p is weights[n] for n, p in model.named_parameters())
     assert model.lm_head.weight is model.transformer.wte.weight
     assert sum(isinstance(m, QuantLayer) for m in model.modules()) == 8 + 2
+
+
+@pytest.mark.parametrize("weight", [MinMax, LSQ])
+def test_scales_are_frozen_in_the_dtype_they_are_stored_in(weight) -> None:
+    frozen = convert(prepare(gpt2(), GPT2_RULES, weight=weight))
+    assert {w.tensor.scale.dtype for w in frozen.weights.values()} == {torch.float16}
 
 
 def test_tied_weights_share_one_quantizer_and_one_grid() -> None:

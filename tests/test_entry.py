@@ -48,6 +48,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str])
         ("seed=${nothing}", "nothing"),
         ("data.block_size=0", "data.block_size=0"),
         ("data.workers=-1", "data.workers=-1"),
+        ("model=gpt2_mini data.block_size=1025", "more than the 1024 positions"),
         ("evaluation.every_n_steps=0", "evaluation.every_n_steps=0"),
         ("evaluation.windows=0", "evaluation.windows=0"),
         ("evaluation.split=tets", "evaluation.split='tets' does not fit"),

@@ -24,12 +24,16 @@ def run(args: argparse.Namespace) -> None:
 
     from qat.data.custom import CustomData
     from qat.data.stdlib import StdlibData
+    from qat.errors import at_least
     from qat.evaluation import mean_loss
     from qat.exporters import identify, target_module
+    from qat.models.positions import refuse_longer
     from qat.models.tokenizer import load_tokenizer
     from qat.packed.load import load
     from qat.runtimes import run as run_in
 
+    if args.windows is not None:
+        at_least("--windows", args.windows, 1)
     target = "frozen" if (args.path / "frozen").is_dir() else identify(args.path)[0]
     in_torch = target in ("frozen", "hf")
     tokenizer = load_tokenizer(args.path)
@@ -42,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     ids = batch["input_ids"]
     if in_torch:
         model = load(args.path)
+        refuse_longer("--block-size", args.block_size, model.config.to_dict())
         parts: list[torch.Tensor] = []
         with torch.no_grad():
             for part in ids.split(8):

@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.path.is_dir():
         raise UserError(f"{args.path} is not a folder: give a run folder or a frozen folder")
     names = [name for name in args.to.replace("+", ",").split(",") if name]
+    if not names:
+        raise UserError("--to names no target: give for example --to gguf,hf")
     for name in names:
         target_module(name)
     frozen = read_any(args.path)

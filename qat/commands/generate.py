@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{args.path} is a {target} export, which has no text generation here")
     import torch
 
+    from qat.models.positions import refuse_longer
     from qat.models.tokenizer import load_tokenizer
     from qat.packed.load import load
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("--prompt is empty: give at least one character")
+    refuse_longer("--prompt and --tokens", ids.shape[1] + args.tokens, model.config.to_dict())
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -164,7 +164,7 @@ def _read(folder: Path, label: str, options: dict[str, Any]) -> tuple[Any, Any]:
             f"{label} runs its own Python code; read it, then add model.trust_remote_code=true if you trust it"
         )
     _weights(folder, label)
-    tokenizer = _tokenizer(folder, label, options["trust_remote_code"])
+    tokenizer = read_tokenizer(folder, label, options["trust_remote_code"])
     model = _model(folder, label, config, options)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -194,7 +194,8 @@ def _model(folder: Path, label: str, config: dict[str, Any], options: dict[str, 
     return model
 
 
-def _tokenizer(folder: Path, label: str, trust_remote_code: bool) -> Any:
+def read_tokenizer(folder: Path, label: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder, whose messages call it `label`. Raises UserError if it is not complete."""
     from transformers import AutoTokenizer
 
     try:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import UserError
+from qat.models.load import read_tokenizer
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -11,8 +12,6 @@ def load_tokenizer(path: Path) -> Any:
 
     An export inside a run folder that has no Hugging Face tokenizer of its own (GGUF) uses the run's.
     """
-    from transformers import AutoTokenizer
-
     folder = path if path.is_dir() else path.parent
     places = [
         folder / "frozen" / "tokenizer",
@@ -22,5 +21,5 @@ def load_tokenizer(path: Path) -> Any:
     ]
     for place in places:
         if (place / "tokenizer.json").is_file() or (place / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(place)
+            return read_tokenizer(place, str(place), False)
     raise UserError(f"there is no tokenizer beside {path}; give the run folder, or put its tokenizer.json next to it")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qat.errors import UserError, VerifyError
@@ -80,7 +80,10 @@ def _source(path: Path | str | Frozen) -> Iterator[tuple[dict[str, Any], dict[st
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
         for file in weight_files(path):
-            f = stack.enter_context(safe_open(file, "pt"))
+            try:
+                f = stack.enter_context(safe_open(file, "pt"))
+            except SafetensorError as e:
+                raise VerifyError(f"{file} cannot be read: {e}") from e
             tensors |= {name: f.get_slice(key) for key in f.keys() if (name := our_name(key))}  # noqa: SIM118
         yield config, described, tensors, path
 

@@ -55,8 +55,14 @@ class _Server:
         return _NO_PROXY.open(request, timeout=timeout)
 
     def post(self, route: str, **body: Any) -> dict[str, Any]:
-        with self.open(route, body or None) as response:
-            return json.loads(response.read())
+        try:
+            with self.open(route, body or None) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            if error.code != 400:
+                raise
+            said = json.loads(error.read())["error"]["message"]  # such as: exceeds the available context size
+            raise UserError(f"llama.cpp refuses the request: {said}") from error
 
     def tokens(self, text: str) -> list[int]:
         return self.post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
