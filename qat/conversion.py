@@ -107,7 +107,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Mo
     if not observed:
         return
     if len(batches) == 0:
-        raise UserError("the calibration set is empty: static ranges need at least one batch (calibration.batches)")
+        raise UserError("the calibration set is empty: static ranges need at least one batch (calibration_batches)")
     states = {name: q.enabled for name, q in fake_quantizers(model).items()}
     training = model.training
     model.eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from qat.errors import UserError
 from qat.files import atomic_write
@@ -48,6 +49,10 @@ def read(path: Path) -> dict[str, Any]:
     """The configuration of a run folder. Raises UserError if there is none."""
     if not (path / CONFIG).is_file():
         raise UserError(f"resume={path} is no run folder: it has no {CONFIG}")
-    config = OmegaConf.to_container(OmegaConf.load(path / CONFIG))
-    assert isinstance(config, dict)
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(path / CONFIG))
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path / CONFIG} cannot be read, so this run cannot be resumed: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path / CONFIG} holds no configuration, so this run cannot be resumed")
     return {str(key): value for key, value in config.items()}

@@ -2,6 +2,7 @@
 
 import os
 import random
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
+
+from qat.errors import UserError
 
 
 class Checkpoints(pl.Callback):
@@ -69,6 +72,17 @@ class Checkpoints(pl.Callback):
         temporary = path.with_name(path.name + ".tmp")
         trainer.save_checkpoint(temporary, weights_only=weights_only)
         os.replace(temporary, path)
+
+
+def refuse_damaged(path: Path) -> None:
+    """Raise UserError unless the checkpoint, a zip file with a CRC for every tensor, is whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except zipfile.BadZipFile as error:
+        bad = str(error)
+    if bad:
+        raise UserError(f"{path} is damaged ({bad}): restore a copy of it, or remove it to train this arm anew")
 
 
 class RandomState(pl.Callback):

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from qat.errors import at_least
-from qat.training.checkpoints import Checkpoints, RandomState
+from qat.training.checkpoints import Checkpoints, RandomState, refuse_damaged
 from qat.training.finite import StopOnNonFinite
 from qat.training.limits import refuse_trainer
 from qat.training.metrics import CsvMetrics, LogMetrics
@@ -107,6 +107,9 @@ def fit(
         use_distributed_sampler=False,
     )
     start = saver.last_path if saver.last_path.exists() else None
+    for path in (saver.last_path, saver.best_path):
+        if path.exists():
+            refuse_damaged(path)
     made.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     if saver.validated_at != made.global_step:  # else the last steps could never be the best
         made.validate(module, datamodule=data, verbose=False)
