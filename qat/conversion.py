@@ -1,6 +1,6 @@
 """prepare: a float model becomes one that trains with fake-quantized layers. convert: its codes are decided, once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -98,8 +98,14 @@ def freeze_observers(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Module, Any], Any]) -> None:
-    """Let every static range see `batches`, with fake-quantization off. forward(model, batch) runs the model.
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> None:
+    """Let every static range see `batches`, with fake-quantization off. forward(model, batch) runs the model; track
+    shows progress over the batches.
 
     Raises UserError for an empty calibration set, a layer that no batch reached, or an activation that is not finite.
     """
@@ -115,7 +121,7 @@ def calibrate(model: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Mo
     for q in observed.values():
         q.calibrating = True
     try:
-        for batch in batches:
+        for batch in track(batches):
             forward(model, batch)
     finally:
         for q in observed.values():

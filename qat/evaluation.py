@@ -6,6 +6,7 @@ token), `prompts` [m, L] int64 and `logprobs` [m, V] after each prompt. Classifi
 """
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,17 +16,18 @@ from torch import Tensor, nn
 from qat.errors import UserError
 
 Evaluated = dict[str, Tensor]
+Track = Callable[[Sequence[Tensor]], Iterable[Tensor]]
 PROMPTS, PROMPT_TOKENS = 8, 12  # short: one flipped int8 activation code decorrelates everything after it
 
 
 @torch.no_grad()
-def answer_text(model: nn.Module, batch: Evaluated, batch_size: int) -> Evaluated:
+def answer_text(model: nn.Module, batch: Evaluated, batch_size: int, track: Track = iter) -> Evaluated:
     """The model's negative log-likelihoods on `batch` and its log-probabilities after short prompts (float32)."""
     training = model.training
     model.eval()
     device = next(model.parameters()).device
     nll: list[Tensor] = []
-    for ids in batch["input_ids"].split(batch_size):
+    for ids in track(batch["input_ids"].split(batch_size)):
         ids = ids.to(device)
         logits = model(input_ids=ids).logits[:, :-1].float()
         nll.append(nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu())
@@ -45,9 +47,9 @@ def answer_images(model: nn.Module, batch: Evaluated) -> Evaluated:
     return {**batch, "logits": logits}
 
 
-def answer(model: nn.Module, batch: Evaluated, batch_size: int) -> Evaluated:
-    """`batch` with the model's answers, text or classification by its keys."""
-    return answer_text(model, batch, batch_size) if "input_ids" in batch else answer_images(model, batch)
+def answer(model: nn.Module, batch: Evaluated, batch_size: int, track: Track = iter) -> Evaluated:
+    """`batch` with the model's answers, text or classification by its keys. track: shows progress over batches."""
+    return answer_text(model, batch, batch_size, track) if "input_ids" in batch else answer_images(model, batch)
 
 
 def figures(answers: Evaluated) -> dict[str, float]:

@@ -20,6 +20,8 @@ def atomic_folder(path: Path) -> Generator[Path]:
     """Yield an empty temporary sibling of `path`; on success it replaces `path`, on any error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.????????.partial"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
     temp.mkdir()
     try:

@@ -47,7 +47,9 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
     period = 32 // math.gcd(32, bits)
     span = period * bits // 32
     groups = math.ceil(cols / period)
-    w = _pad(packed.reshape(-1).view(torch.uint32).reshape(rows, words).to(torch.int64), groups * span).reshape(rows, groups, span)
+    w = _pad(packed.reshape(-1).view(torch.uint32).reshape(rows, words).to(torch.int64), groups * span).reshape(
+        rows, groups, span
+    )
     out = torch.empty(rows, groups, period, dtype=torch.uint8, device=packed.device)
     for i in range(period):
         word, shift = divmod(i * bits, 32)

@@ -22,7 +22,7 @@ from qat.auditing import Audit, audit
 from qat.conversion import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
 from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError, at_least
-from qat.exporters import refuse_tokenizers, target_module
+from qat.exporters import refuse_missing_runtimes, refuse_tokenizers
 from qat.files import atomic_folder
 from qat.hub import Fallback
 from qat.layers import layer_stats
@@ -75,6 +75,7 @@ def run(
     control: bool,
     export: list[str],
     target: str | None,
+    stand_ins: list[str] | None,
     config: dict[str, Any],
 ) -> Report:
     """All stages of one recipe; leaves the run folder of docs/design.md, or for a float run RUN/model instead of codes.
@@ -92,8 +93,7 @@ def run(
     pl.seed_everything(seed, verbose=False)
     progress = Stages()
     rules = scheme["rules"]
-    for name in export:
-        target_module(name)
+    refuse_missing_runtimes(export)
     if export and not rules:
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
 
@@ -118,16 +118,20 @@ def run(
         _refuse_task(task, batch)
         outcome.text = f"{data.describe()['name']}, {len(batch['labels'])} {evaluation.split} rows to score"
     fallback = [vars(f) for f in (loaded.fallback, missed) if f is not None]
+    used = [f["used"] for f in fallback]
+    if stand_ins is not None and stand_ins != used:
+        was, now = (" and ".join(names) or "the hub itself" for names in (stand_ins, used))
+        raise UserError(f"{run_dir} was made with {was}; with {now} it can't go on: resume it as it was, or start anew")
     title = recipe + "".join(f"-OFFLINE-{f['used']}" for f in fallback[:1])
     _warn_stand_in(fallback, progress)
     run_dir = run_dir or run_folder.default(title)
-    run_folder.create(run_dir, config)
+    run_folder.create(run_dir, {**config, "stand_ins": used})
 
     results: dict[str, Stage] = {}
 
     def measure(stage: str, net: nn.Module, label: str | None = None) -> dict[str, Tensor]:
         with progress(label or stage) as outcome:
-            answers = evaluating.answer(net.to(device), batch, data.batch_size)
+            answers = evaluating.answer(net.to(device), batch, data.batch_size, outcome.track)
             entry: Any = {**evaluating.figures(answers), "bytes": _nbytes(net, audited, stage)}
             results[stage] = entry
             outcome.text = ", ".join(f"{k} {v:.4f}" for k, v in entry.items() if k != "bytes")
@@ -168,7 +172,7 @@ def run(
     if control or not rules:
         fitted = train("control", loaded.model, [], 0)
         measure("control", loaded.model)
-    wrong: list[str] = []
+    wrong: list[UserError | VerifyError] = []
     if not rules:
         _save_float(loaded, run_dir / "model", progress)
     else:
@@ -176,10 +180,9 @@ def run(
             loaded = model.load(data)  # training changed the weights: start again from the same ones
             pl.seed_everything(seed, verbose=False)
         net = prepare(loaded.model, rules, weight=quantizer, observer=observer).to(device)
-        with progress("calibrate"):
-            calibrate(
-                net, list(itertools.islice(data.train_dataloader(), calibration_batches)), partial(_forward, device)
-            )
+        with progress("calibrate") as outcome:
+            batches = list(itertools.islice(data.train_dataloader(), calibration_batches))
+            calibrate(net, batches, partial(_forward, device), outcome.track)
         measure("ptq", net)
         fitted = train("qat", net, [QuantSchedule(quant_start_step, observer_freeze_step)], quant_start_step)
         set_fake_quant(net, True)
@@ -210,7 +213,7 @@ def run(
     for command in next_commands(report, run_dir):  # type: ignore[arg-type]
         progress.console.print(command, style="cyan", soft_wrap=True, markup=False)
     if wrong:
-        raise VerifyError("; ".join(wrong))
+        raise wrong[0]
     return report  # type: ignore[return-value]
 
 

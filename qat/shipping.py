@@ -36,10 +36,10 @@ def ship(
     data: str,
     stages: Stages,
     fallback: list[Fallback],
-) -> tuple[dict[str, Export], list[str]]:
-    """Write and verify every target; returns the report's `exports` and what is wrong with them."""
+) -> tuple[dict[str, Export], list[UserError | VerifyError]]:
+    """Write and verify every target; returns the report's `exports`, and what to raise once the report is written."""
     exports: dict[str, Export] = {}
-    wrong: list[str] = []
+    wrong: list[UserError | VerifyError] = []
     for target in targets:
         path = run_dir / "export" / target
         with progress(f"export {target}") as outcome:
@@ -47,10 +47,15 @@ def ship(
             export(frozen, target, path, card=text)
             outcome.text = str(path)
         with progress(f"verify {target}") as outcome:
-            found = verify_apart(path, run_dir)
+            try:
+                found = verify_apart(path, run_dir)
+            except (UserError, VerifyError) as error:  # a missing runtime must not cost the report of a long training
+                wrong.append(type(error)(f"{target}: {error}"))
+                outcome.text = f"[red]NOT VERIFIED[/] {error}"
+                continue
             exports[target] = found["figures"]
             exports[target]["path"] = str(path.relative_to(run_dir))
-            wrong += [f"{target}: {d}" for d in found["differences"]]
+            wrong += [VerifyError(f"{target}: {d}") for d in found["differences"]]
             outcome.text = _outcome(found)
     return exports, wrong
 

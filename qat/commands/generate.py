@@ -19,6 +19,8 @@ def run(args: argparse.Namespace) -> None:
     from qat.exporters import identify, target_module
     from qat.runtimes import run as run_in
 
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: give 0 (the likeliest token) or more")
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: give 1 or more")
     if not (args.path / "frozen").is_dir():

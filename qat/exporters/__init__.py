@@ -5,7 +5,9 @@ one file with those four names, and a YAML in configs/target.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +27,15 @@ def target_module(target: str) -> ModuleType:
     if target not in targets():
         raise UserError(f"there is no export target {target!r}; there are {', '.join(targets())}")
     return import_module(f"qat.exporters.{target}")
+
+
+def refuse_missing_runtimes(names: list[str]) -> None:
+    """Raises UserError for an unknown target, or one whose runtime is not installed to prove its file."""
+    for name in names:
+        packages: dict[str, str] = getattr(target_module(name), "NEEDS", {})  # importable name -> what to install
+        for package, remedy in packages.items():
+            if find_spec(package) is None and not (name == "gguf" and which("llama-server")):
+                raise UserError(f"export to {name} is proven in its runtime, which is not installed: {remedy}")
 
 
 def refuse_tokenizers(names: list[str], files: dict[str, bytes], config: dict[str, Any]) -> None:

@@ -32,7 +32,8 @@ from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec
 
 RUNTIME = "llama_cpp"
-__all__ = ["FILE", "RUNTIME", "export", "known_difference", "read", "refuse", "refuse_tokenizer"]
+NEEDS = {"xllamacpp": "pip install xllamacpp, or put llama-server on PATH"}
+__all__ = ["FILE", "NEEDS", "RUNTIME", "export", "known_difference", "read", "refuse", "refuse_tokenizer"]
 
 FILE = "model.gguf"
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)

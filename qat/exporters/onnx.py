@@ -18,6 +18,7 @@ from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec
 
 RUNTIME = "ort"
+NEEDS = {"onnxruntime": "pip install onnxruntime"}
 FILE = "model.onnx"
 OPSET, IR_VERSION = 17, 8  # old enough for every runtime of the last years
 REMEDY = "use int8, block (1, -1), no offset (scheme=int8_static)"

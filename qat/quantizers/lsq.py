@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qat.affine import QParams, store_ste, tile
+from qat.affine import QParams, choose_qparams, store_ste, tile
 from qat.quantizers.base import FakeQuantize
 from qat.scheme import QuantSpec
 
@@ -26,7 +26,8 @@ class _ScaleGrad(torch.autograd.Function):
 class LSQ(FakeQuantize):
     """Learned step size: the magnitude is learned and kept positive, its sign is fixed here.
 
-    scale: Parameter (R/r, C/c) float32, initialised to 2 <|x|> / sqrt(qmax) (section 2.1 of the paper).
+    scale: Parameter (R/r, C/c) float32. It starts at the spec's range rule, not at the paper's 2 <|x|> / sqrt(qmax),
+    which at 8 bits clips (int8 on the embedded model: perplexity 20.51 against 20.29), so training starts from PTQ.
     Raises ValueError for a spec with an offset or a divisor other than the stored scale.
     """
 
@@ -37,8 +38,7 @@ class LSQ(FakeQuantize):
         if spec.offset is not None or spec.divide != "stored":
             raise ValueError(f"LSQ learns symmetric scales that divide as stored; {spec.label()} does not fit")
         t = tile(tensor.detach().float(), spec.block)
-        scale = 2 * t.abs().mean((-1, -2)) / math.sqrt(spec.type.qmax)
-        self.scale = nn.Parameter(torch.where(scale == 0, torch.ones_like(scale), scale))
+        self.scale = nn.Parameter(choose_qparams(tensor.detach(), spec).scale.float().abs())
         flat = t.flatten(-2)
         extreme = flat.gather(-1, flat.abs().argmax(-1, keepdim=True)).squeeze(-1)
         negative = (extreme > 0) if spec.range == "signed_max" else torch.zeros_like(extreme, dtype=torch.bool)
