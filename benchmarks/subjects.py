@@ -81,7 +81,7 @@ def torchao(model: nn.Module) -> nn.Module:
 
 def quanto(model: nn.Module) -> nn.Module:
     warnings.simplefilter("ignore")
-    from optimum.quanto import qint4, quantize
+    from optimum.quanto import qint4, quantize  # pyright: ignore[reportMissingImports]
 
     model = _as_linear(model)
     quantize(model, weights=qint4, exclude="lm_head")

@@ -30,7 +30,7 @@ class Stages:
         """The bar pulses until something is tracked. Nothing is printed for a stage that fails: the error speaks."""
         start = time.perf_counter()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(name, total=None)
 
             def track(items: Sequence[Any]) -> Iterable[Any]:
