@@ -115,3 +115,14 @@ def test_digits_run_as_integers(tmp_path: Path) -> None:
     assert onnx["predictions_equal"] >= 0.999
     frozen = Frozen.load(run_dir / "frozen")
     assert all(i.static for i in frozen.inputs.values())
+
+
+def test_a_missing_runtime_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("qat.exporters.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("qat.exporters.gguf.which", lambda name: None)
+    run_dir = tmp_path / "run"
+    assert entry.main(["recipe=quickstart", f"run_dir={run_dir}"]) == 2
+    assert "pip install xllamacpp" in capsys.readouterr().err
+    assert not run_dir.exists()

@@ -5,9 +5,7 @@ one file with those four names, and a YAML in configs/target.
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from types import ModuleType
 from typing import Any
 
@@ -32,10 +30,9 @@ def target_module(target: str) -> ModuleType:
 def refuse_missing_runtimes(names: list[str]) -> None:
     """Raises UserError for an unknown target, or one whose runtime is not installed to prove its file."""
     for name in names:
-        packages: dict[str, str] = getattr(target_module(name), "NEEDS", {})  # importable name -> what to install
-        for package, remedy in packages.items():
-            if find_spec(package) is None and not (name == "gguf" and which("llama-server")):
-                raise UserError(f"export to {name} is proven in its runtime, which is not installed: {remedy}")
+        missing = getattr(target_module(name), "missing_runtime", None)
+        if missing is not None and (remedy := missing()):
+            raise UserError(f"export to {name} is proven in its runtime, which is not installed: {remedy}")
 
 
 def refuse_tokenizers(names: list[str], files: dict[str, bytes], config: dict[str, Any]) -> None:

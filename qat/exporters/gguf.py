@@ -4,7 +4,9 @@ Codes and stored scales are packed as they are; norms, biases, positions and unq
 """
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import numpy as np
@@ -32,11 +34,16 @@ from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec
 
 RUNTIME = "llama_cpp"
-NEEDS = {"xllamacpp": "pip install xllamacpp, or put llama-server on PATH"}
-__all__ = ["FILE", "NEEDS", "RUNTIME", "export", "known_difference", "read", "refuse", "refuse_tokenizer"]
+__all__ = ["FILE", "RUNTIME", "export", "known_difference", "missing_runtime", "read", "refuse", "refuse_tokenizer"]
 
 FILE = "model.gguf"
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
+
+
+def missing_runtime() -> str | None:
+    """What to install where llama.cpp is not there; None if it is."""
+    there = which("llama-server") or find_spec("xllamacpp")
+    return None if there else "pip install xllamacpp, or put llama-server on PATH"
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

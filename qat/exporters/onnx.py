@@ -6,6 +6,7 @@ them behind it changes no code, and ONNX Runtime then runs QLinearConv, QGemm an
 those of the fake-quantized model. Biases are int32 at input scale * weight scale.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec
 
 RUNTIME = "ort"
-NEEDS = {"onnxruntime": "pip install onnxruntime"}
 FILE = "model.onnx"
 OPSET, IR_VERSION = 17, 8  # old enough for every runtime of the last years
 REMEDY = "use int8, block (1, -1), no offset (scheme=int8_static)"
+
+
+def missing_runtime() -> str | None:
+    """What to install where ONNX Runtime is not there; None if it is."""
+    return None if find_spec("onnxruntime") else "pip install onnxruntime"
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
