@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from qat.scheme import STORED, Block, QuantSpec, check_block
+from qat.scheme import STORED, Block, QuantSpec, check_block, stored_dtype
 
 PORTABLE_MIN = 2.0**-14  # float16's smallest normal number
 STRIP = 131072  # elements that `quantize` handles at a time
@@ -20,7 +20,8 @@ class QParams(NamedTuple):
     """One block's grid: scale and offset (each (R/r, C/c)) in their stored dtypes; a zero point is int32.
 
     exact_scale, exact_offset: the float32 values before they were rounded for storage, kept only where the spec's
-    `divide` asks for them.
+    `divide` asks for them; for the "reciprocal" rules exact_scale is the factor that x is multiplied with.
+    A scale or offset that is quantized itself is kept as its float32 value.
     """
 
     scale: Tensor
@@ -74,7 +75,7 @@ class _Store(torch.autograd.Function):
     """Round to the stored dtype and come back to float32; the gradient passes unchanged, in float32."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, dtype: str) -> Tensor:
+    def forward(ctx: Any, value: Tensor, dtype: str | QuantSpec) -> Tensor:
         return store_scale(value, dtype).float()
 
     @staticmethod
@@ -82,8 +83,11 @@ class _Store(torch.autograd.Function):
         return grads[0], None
 
 
-def store_scale(value: Tensor, dtype: str) -> Tensor:
-    """A float32 scale as it will be stored: its magnitude at least the dtype's smallest normal number."""
+def store_scale(value: Tensor, dtype: str | QuantSpec) -> Tensor:
+    """A float32 scale (R/r, C/c) as it will be stored: its magnitude at least the dtype's smallest normal number, or
+    for a quantized scale at least one step."""
+    if isinstance(dtype, QuantSpec):
+        return _store_quantized(value, dtype, least=1.0)
     target = STORED[dtype]
     tiny = PORTABLE_MIN if dtype == "portable" else torch.finfo(target).tiny
     sign = torch.where(value < 0, -1.0, 1.0)
@@ -91,12 +95,21 @@ def store_scale(value: Tensor, dtype: str) -> Tensor:
     return store_offset(clamped, dtype)
 
 
-def store_offset(value: Tensor, dtype: str) -> Tensor:
+def _store_quantized(value: Tensor, spec: QuantSpec, least: float) -> Tensor:
+    """The float32 values nearest to `value` that codes of at least `least` can stand for."""
+    grid = choose_qparams(value, spec)
+    codes = to_codes(value, grid, spec).clamp(min=least)
+    return from_codes(codes, grid.scale, None, spec, torch.float32)
+
+
+def store_offset(value: Tensor, dtype: str | QuantSpec) -> Tensor:
     """A float32 number in the stored dtype; "portable" goes through bfloat16 (overflow gives an infinity).
 
     torch.compile keeps intermediate results in float32 and drops casts to a narrower dtype and back, so there the
     rounding is spelled out in integers, and the casts that may be dropped are exact.
     """
+    if isinstance(dtype, QuantSpec):
+        return _store_quantized(value, dtype, least=0.0)
     if torch.compiler.is_compiling():
         if dtype in ("portable", "bfloat16"):
             value = _keep_bits(value, 16)
@@ -116,7 +129,7 @@ def _keep_bits(value: Tensor, drop: int) -> Tensor:
     return torch.where(value.isnan(), value, rounded.view(torch.float32))
 
 
-def store_ste(value: Tensor, dtype: str) -> Tensor:
+def store_ste(value: Tensor, dtype: str | QuantSpec) -> Tensor:
     """float32 -> the float32 value of the stored scale, with an identity gradient (for learned scales)."""
     return cast(Tensor, _Store.apply(value, dtype))  # pyright: ignore[reportUnknownMemberType]
 
@@ -140,21 +153,28 @@ def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     """The grid of a block that spans low..high (each (R/r, C/c) float32). A block of zeros gets scale 1."""
     q = spec.type
     offset: Tensor | None = None
+    if spec.divide.startswith("reciprocal"):
+        return _reciprocal(torch.maximum(high, -low), spec)
     if spec.range == "absmax":
         scale = torch.maximum(high, -low) / q.qmax
+    elif spec.range == "one_signed":
+        scale = torch.where(high > -low, high, low) / q.qmax
     elif spec.range == "absmax_half":
         scale = torch.maximum(high, -low) / ((q.qmax - q.qmin) / 2)
     elif spec.range == "signed_max":
         scale = torch.where(high > -low, high, low) / q.qmin
-    elif spec.range == "minmax":
+    elif spec.range in ("minmax", "minmax_zero"):
+        if spec.range == "minmax_zero":
+            low = low.clamp(max=0.0)
         if spec.offset == "zero_point":  # 0.0 must be a code
             low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         scale, offset = (high - low) / (q.qmax - q.qmin), low
     else:
         scale, offset = _mlx(low, high, q.qmax)
-    if offset is not None and spec.range == "minmax" and spec.offset != "zero_point":
+    if offset is not None and spec.range != "mlx" and spec.offset != "zero_point":
         offset = offset - scale * q.qmin  # before the next line: a constant block is its offset, with codes 0
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    if isinstance(spec.scale, str):  # a quantized scale of 0 becomes one step, and must not raise its neighbours'
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     stored = store_scale(scale, spec.scale)
     exact = None if spec.divide.startswith("stored") else store_scale(scale, "float32")  # its inverse is finite
     if offset is None:
@@ -162,7 +182,16 @@ def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     if spec.offset == "zero_point":
         zero = q.qmin - (offset / stored.float()).round()
         return QParams(stored, zero.nan_to_num(0.0).clamp(q.qmin, q.qmax).to(torch.int32), exact)
-    return QParams(stored, store_offset(offset, str(spec.offset)), exact, None if exact is None else offset)
+    assert spec.offset is not None
+    return QParams(stored, store_offset(offset, spec.offset), exact, None if exact is None else offset)
+
+
+def _reciprocal(largest: Tensor, spec: QuantSpec) -> QParams:
+    """The runtimes' rule for activations: x is multiplied by qmax / max|x|, and the scale is not raised to a normal."""
+    factor = spec.type.qmax / largest.clamp(min=2.0**-118)  # finite; a block below that is all zeros
+    factor = torch.where(largest == 0, torch.zeros_like(factor), factor)
+    scale = 1.0 / factor if spec.divide == "reciprocal_scale" else largest / spec.type.qmax
+    return QParams(store_offset(torch.where(largest == 0, torch.ones_like(scale), scale), spec.scale), None, factor)
 
 
 def _mlx(low: Tensor, high: Tensor, qmax: int) -> tuple[Tensor, Tensor]:
@@ -200,6 +229,8 @@ def quotients(x: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Ten
         exact = qparams.exact_offset if qparams.exact_offset is not None else qparams.offset
         assert exact is not None
         y = y - _spread(exact.float())
+    if spec.divide.startswith("reciprocal"):
+        return y * _spread(scale), low, high
     y = y * _spread(1.0 / scale) if spec.divide.endswith("inverse") else y / _spread(scale)
     return y, low, high
 
@@ -287,7 +318,7 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
         codes[i : i + step] = untile(to_codes(x[i : i + step], part, spec))
     offset = None if qparams.offset is None else qparams.offset.detach().contiguous()
     # a learned scale holds the stored value in float32, for its gradient
-    return QTensor(codes, qparams.scale.detach().to(STORED[spec.scale]).contiguous(), offset, spec)
+    return QTensor(codes, qparams.scale.detach().to(stored_dtype(spec.scale)).contiguous(), offset, spec)
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:

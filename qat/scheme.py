@@ -1,7 +1,8 @@
 """What the numbers are: sets of codes, how one tensor is quantized, and which layers get which. Imports nothing of qat.
 
 A value is `scale * (code - zero_point)`, or `scale * code + offset` with a floating offset; one scale (and offset)
-per block. Every other file reads these dataclasses; none of them decides anything about the numbers itself.
+per block. Scales and offsets may be quantized themselves (two levels, as in ggml's K-quants). Every other file reads
+these dataclasses; none of them decides anything about the numbers itself.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -11,9 +12,10 @@ import torch
 
 Block = tuple[int, int]  # (rows, cols) that share one scale; -1 = the whole axis
 
-RANGES = ("absmax", "absmax_half", "signed_max", "minmax", "mlx")
+RANGES = ("absmax", "absmax_half", "signed_max", "minmax", "minmax_zero", "one_signed", "mlx")
+OFFSET_RANGES = ("minmax", "minmax_zero", "mlx")  # these need an offset; the others take none
 ROUNDINGS = ("half_even", "half_away", "half_up", "toward_zero")
-DIVISORS = ("stored", "exact", "stored_inverse", "exact_inverse")
+DIVISORS = ("stored", "exact", "stored_inverse", "exact_inverse", "reciprocal", "reciprocal_scale")
 STORED: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -40,6 +42,7 @@ def _integer(bits: int, signed: bool) -> QType:
 
 
 QTYPES: dict[str, QType] = {t.name: t for t in (_integer(b, s) for b in range(2, 9) for s in (True, False))}
+QTYPES["ternary"] = QType("ternary", 2, -1, 1, torch.int8)
 
 
 def _check(what: str, value: object, allowed: "tuple[str, ...] | dict[str, Any]") -> None:
@@ -51,18 +54,23 @@ def _check(what: str, value: object, allowed: "tuple[str, ...] | dict[str, Any]"
 class QuantSpec:
     """How one tensor (R, C) is quantized.
 
-    qtype     the codes, by name ("int4", "uint8", ...).
+    qtype     the codes, by name ("int4", "uint8", "ternary", ...).
     block     (rows, cols) sharing a scale: (-1, -1) tensor, (1, -1) channel (or token, for activations flattened to
               rows), (1, 32) group, (16, 16) 2-D block.
     range     from the block's values to its scale: "absmax" max|x| / qmax; "absmax_half" max|x| / half the code range
               (7.5 for int4: torchao, compressed-tensors); "signed_max" the signed extreme / qmin (ggml Q4_0; the
-              scale may be negative); "minmax" (max - min) / (qmax - qmin); "mlx" min-max with the larger edge exact.
+              scale may be negative); "minmax" (max - min) / (qmax - qmin), its floating offset the minimum;
+              "minmax_zero" the same with the minimum at most 0 (ggml K-quants); "mlx" min-max with the larger edge
+              exact; "one_signed" extreme / qmax for values of one sign, as scales and minima are.
     rounding  of x / scale; "half_up" is ggml's floor(y - qmin + 0.5) + qmin, the sum rounded to float32.
     divide    what x is divided by: the "stored" scale, the "exact" (unrounded) one, or a product with the float32
-              reciprocal of either ("stored_inverse": torchao; "exact_inverse": ggml).
-    scale     the dtype in which scales are stored; "portable" is exact in float16 and in bfloat16.
+              reciprocal of either ("stored_inverse": torchao; "exact_inverse": ggml); "reciprocal": a product with
+              the float32 qmax / max|x| (llama.cpp's and vLLM's activations), "reciprocal_scale": the same, and the
+              scale is that number's own float32 reciprocal (ggml Q8_K). Both keep subnormal float16 scales.
+    scale     the dtype in which scales are stored; "portable" is exact in float16 and in bfloat16. Or the QuantSpec
+              of the scales themselves, whose block counts scales, not weights.
     offset    None (symmetric), "zero_point" (an integer code that stands for 0.0), or the stored dtype of a floating
-              offset.
+              offset, or the QuantSpec of the offsets.
     Raises ValueError for a name that does not exist or a combination that has no meaning.
     """
 
@@ -71,8 +79,8 @@ class QuantSpec:
     range: str = "absmax"
     rounding: str = "half_even"
     divide: str = "stored"
-    scale: str = "portable"
-    offset: str | None = None
+    scale: "str | QuantSpec" = "portable"
+    offset: "str | QuantSpec | None" = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))
@@ -80,19 +88,34 @@ class QuantSpec:
         _check("range", self.range, RANGES)
         _check("rounding", self.rounding, ROUNDINGS)
         _check("divide", self.divide, DIVISORS)
-        _check("scale", self.scale, STORED)
-        if self.offset is not None and self.offset != "zero_point":
-            _check("offset", self.offset, STORED)
+        for what, stored in (("scale", self.scale), ("offset", self.offset)):
+            if isinstance(stored, QuantSpec):
+                self._check_nested(what, stored)
+            elif what == "scale" or stored not in (None, "zero_point"):
+                _check(what, stored, STORED)
         if len(self.block) != 2 or any(type(n) is not int or n == 0 or n < -1 for n in self.block):
             raise ValueError(f"block is {self.block!r}; it must be two integers, each positive or -1 (the whole axis)")
-        if self.range in ("minmax", "mlx") and self.offset is None:
+        if self.range in OFFSET_RANGES and self.offset is None:
             raise ValueError(f"range {self.range!r} needs an offset: 'zero_point' or a stored dtype")
-        if self.range not in ("minmax", "mlx") and self.offset is not None:
+        if self.range not in OFFSET_RANGES and self.offset is not None:
             raise ValueError(f"range {self.range!r} is symmetric and takes no offset; use range 'minmax'")
+        if self.range == "minmax_zero" and self.offset == "zero_point":
+            raise ValueError("range 'minmax_zero' needs a floating offset; with a zero point 'minmax' includes 0")
         if self.range == "mlx" and (self.offset == "zero_point" or self.type.qmin != 0):
             raise ValueError("range 'mlx' needs an unsigned qtype and a floating offset")
-        if self.offset is None and self.type.qmin == 0:
+        if self.range == "one_signed" and self.type.qmin != 0:
+            raise ValueError(f"range 'one_signed' needs an unsigned qtype, not {self.qtype}")
+        if self.range != "one_signed" and self.offset is None and self.type.qmin == 0:
             raise ValueError(f"{self.qtype} has no negative codes: a symmetric grid needs a signed qtype")
+        if self.divide.startswith("reciprocal") and self.range != "absmax":
+            raise ValueError(f"divide {self.divide!r} is defined for range 'absmax', not {self.range!r}")
+
+    def _check_nested(self, what: str, spec: "QuantSpec") -> None:
+        if spec.range != "one_signed" or spec.divide != "stored" or not isinstance(spec.scale, str):
+            raise ValueError(f"a quantized {what} needs range 'one_signed', divide 'stored' and a stored dtype")
+        ranges = ("absmax", "absmax_half", "minmax_zero")
+        if self.range not in ranges or self.divide != "stored":
+            raise ValueError(f"a quantized {what} goes with range {', '.join(ranges)} and divide 'stored' only")
 
     @property
     def type(self) -> QType:
@@ -103,12 +126,25 @@ class QuantSpec:
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> "QuantSpec":
-        return cls(**d)
+        fields = dict(d)
+        for key in ("scale", "offset"):
+            if isinstance(fields.get(key), dict):
+                fields[key] = cls.from_dict(fields[key])
+        return cls(**fields)
 
     def label(self) -> str:
         """Short text for tables: `int4 (1, 32) absmax portable`."""
-        parts = [self.qtype, f"({self.block[0]}, {self.block[1]})", self.range, self.scale]
-        return " ".join(parts + ([f"+{self.offset}"] if self.offset else []))
+        parts = [self.qtype, f"({self.block[0]}, {self.block[1]})", self.range, _short(self.scale)]
+        return " ".join(parts + ([f"+{_short(self.offset)}"] if self.offset else []))
+
+
+def _short(stored: str | QuantSpec) -> str:
+    return stored if isinstance(stored, str) else f"{stored.qtype}/{stored.block[1]}*{_short(stored.scale)}"
+
+
+def stored_dtype(stored: str | QuantSpec) -> torch.dtype:
+    """The dtype that holds a scale or floating offset: float32 if it is quantized itself, exact for 16-bit products."""
+    return STORED[stored] if isinstance(stored, str) else torch.float32
 
 
 def check_block(shape: tuple[int, int], block: Block) -> tuple[int, int]:
@@ -122,12 +158,17 @@ def check_block(shape: tuple[int, int], block: Block) -> tuple[int, int]:
 def bits_per_weight(spec: QuantSpec, shape: tuple[int, int]) -> float:
     """Stored bits for each element of a (R, C) tensor: codes, scales and offsets."""
     r, c = check_block(shape, spec.block)
-    extra = STORED[spec.scale].itemsize * 8
+    grid = shape[0] // r, shape[1] // c
+    extra = _stored_bits(spec.scale, grid)
     if spec.offset == "zero_point":
         extra += spec.type.bits
     elif spec.offset is not None:
-        extra += STORED[spec.offset].itemsize * 8
+        extra += _stored_bits(spec.offset, grid)
     return spec.type.bits + extra / (r * c)
+
+
+def _stored_bits(stored: str | QuantSpec, grid: tuple[int, int]) -> float:
+    return STORED[stored].itemsize * 8 if isinstance(stored, str) else bits_per_weight(stored, grid)
 
 
 @dataclass(frozen=True, kw_only=True)

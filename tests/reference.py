@@ -98,7 +98,11 @@ def quantize(x: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray, np
     elif spec.range == "signed_max":
         first = np.abs(t).argmax(-1)
         scale = np.take_along_axis(t, first[..., None], -1)[..., 0] / np.float32(q.qmin)
-    elif spec.range == "minmax":
+    elif spec.range == "one_signed":
+        scale = np.where(np.abs(high) > np.abs(low), high, low) / np.float32(q.qmax)
+    elif spec.range in ("minmax", "minmax_zero"):
+        if spec.range == "minmax_zero":
+            low = np.minimum(low, np.float32(0))
         if spec.offset == "zero_point":
             low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
         scale = (high - low) / np.float32(q.qmax - q.qmin)
@@ -110,8 +114,12 @@ def quantize(x: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray, np
         q0 = np.rint(offset / scale)
         scale = np.where(q0 == 0, scale, offset / np.where(q0 == 0, one, q0))
         offset = np.where(q0 == 0, np.float32(0), offset)
+    largest = np.abs(t).max(-1)
+    factor = np.where(largest == 0, np.float32(0), np.float32(q.qmax) / np.maximum(largest, np.float32(2.0**-118)))
+    if spec.divide == "reciprocal_scale":
+        scale = one / np.where(factor == 0, one, factor)
     scale = np.where(scale == 0, one, scale)
-    kept = stored_scale(scale, spec.scale)
+    kept = stored(scale, spec.scale) if spec.divide.startswith("reciprocal") else stored_scale(scale, spec.scale)
     divisor = kept if spec.divide.startswith("stored") else stored_scale(scale, "float32")
     zero = np.zeros_like(kept)
     shift = np.zeros_like(kept)
@@ -124,7 +132,10 @@ def quantize(x: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray, np
     else:
         kept_offset = None
     y = t - shift[..., None]
-    y = y * (one / divisor)[..., None] if spec.divide.endswith("inverse") else y / divisor[..., None]
+    if spec.divide.startswith("reciprocal"):
+        y = y * factor[..., None]
+    else:
+        y = y * (one / divisor)[..., None] if spec.divide.endswith("inverse") else y / divisor[..., None]
     assert y.dtype == np.float32
     wide = np.clip(y, np.float32(-1e6), np.float32(1e6))  # far outside every range of codes: rounding cannot overflow
     codes = np.clip(round_codes(wide, spec.rounding, q.qmin) + zero[..., None], q.qmin, q.qmax).astype(np.float32)

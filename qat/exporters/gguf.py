@@ -1,4 +1,4 @@
-"""GGUF, for llama.cpp: GPT-2 and the Llama family with Q4_0 and Q8_0 weights, tokenizer included.
+"""GGUF, for llama.cpp: weights in the block types of gguf_blocks, each tensor its own, tokenizer included.
 
 Codes and stored scales are packed as they are; norms, biases, positions and unquantized weights stay floating point.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
-from qat.exporters.gguf_blocks import QTYPES, TYPES, pack, refuse_grid, unpack
+from qat.exporters.gguf_blocks import BY_GGML, BlockType, block_type, refuse_grid
 from qat.exporters.gguf_models import (
     FAMILIES,
     extra_tensors,
@@ -65,12 +65,23 @@ def _name(config: dict[str, Any]) -> str:
     return str(config.get("name") or config.get("_name_or_path") or config["model_type"])
 
 
+def _type(w: FrozenWeight) -> BlockType:
+    """The block type of a weight that `refuse` let through."""
+    found = block_type(w.tensor.spec)
+    assert found is not None
+    return found
+
+
 def _file_type(frozen: Frozen) -> LlamaFileType:
     """By what most quantized weights are, as llama.cpp itself labels files."""
-    sizes = {q: sum(w.tensor.codes.numel() for w in frozen.weights.values() if w.tensor.spec.qtype == q) for q in TYPES}
-    if not any(sizes.values()):
+    sizes: dict[str, int] = {}
+    for w in frozen.weights.values():
+        name = _type(w).ggml.name
+        sizes[name] = sizes.get(name, 0) + w.tensor.codes.numel()
+    if not sizes:
         return LlamaFileType.ALL_F32
-    return LlamaFileType.MOSTLY_Q4_0 if sizes["int4"] >= sizes["int8"] else LlamaFileType.MOSTLY_Q8_0
+    most = max(sizes, key=lambda name: sizes[name])
+    return LlamaFileType["MOSTLY_Q4_K_S" if most == "Q4_K" else f"MOSTLY_{most}"]
 
 
 def _float_array(name: str, value: Tensor) -> np.ndarray:
@@ -106,7 +117,7 @@ def export(frozen: Frozen, path: Path) -> None:
         array = _float_array(name, value)
         writer.add_tensor_info(table.get(name, name), array.shape, array.dtype, array.nbytes)
     for name, w in frozen.weights.items():
-        ggml = TYPES[w.tensor.spec.qtype]
+        ggml = _type(w).ggml
         shape = quant_shape_to_byte_shape(w.tensor.codes.shape, ggml)
         writer.add_tensor_info(table[name], shape, np.dtype(np.uint8), math.prod(shape), ggml)
     writer.write_header_to_file()
@@ -116,7 +127,7 @@ def export(frozen: Frozen, path: Path) -> None:
         writer.write_tensor_data(_float_array(name, _reordered(value, row_order(name, config))))
     for name, w in frozen.weights.items():
         order = row_order(name, config)
-        data = pack(w.tensor.codes, w.tensor.scale, w.tensor.spec.qtype)
+        data = _type(w).pack(w.tensor)
         writer.write_tensor_data(data if order is None else data[order.numpy()])
     writer.close()
 
@@ -152,8 +163,8 @@ def _read(file: Path) -> Frozen:
         name = table[tensor.name]
         order = row_order(name, config)
         back = None if order is None else order.argsort()
-        if tensor.tensor_type in QTYPES:
-            frozen.weights[name] = _read_weight(name, tensor.data, QTYPES[tensor.tensor_type], back)
+        if tensor.tensor_type in BY_GGML:
+            frozen.weights[name] = _read_weight(name, tensor.data, BY_GGML[tensor.tensor_type], back)
         elif tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             value = _reordered(torch.from_numpy(np.array(tensor.data)), back)
             frozen.floats[name] = value.t().contiguous() if name.endswith(_CONV1D) else value
@@ -164,9 +175,9 @@ def _read(file: Path) -> Frozen:
     return frozen
 
 
-def _read_weight(name: str, data: np.ndarray, qtype: str, back: Tensor | None) -> FrozenWeight:
-    codes, scale = unpack(data if back is None else data[back.numpy()], qtype)
-    tensor = QTensor(codes, scale, None, QuantSpec(qtype=qtype, block=(1, 32), scale="float16"))
+def _read_weight(name: str, data: np.ndarray, held: BlockType, back: Tensor | None) -> FrozenWeight:
+    codes, scale, offset = held.unpack(data if back is None else data[back.numpy()])
+    tensor = QTensor(codes, scale, offset, held.spec)
     if name.endswith(_CONV1D):
         return FrozenWeight(tensor, "Conv1D", (codes.shape[1], codes.shape[0]))
     kind = "Embedding" if name.endswith(("wte.weight", "embed_tokens.weight")) else "Linear"

@@ -15,7 +15,7 @@ from qat.bias import bias_values
 from qat.errors import VerifyError
 from qat.exporters.onnx_graph import METADATA
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
-from qat.scheme import STORED, QuantSpec
+from qat.scheme import QuantSpec, stored_dtype
 
 KINDS = {"Conv": "Conv2d", "Gemm": "Linear"}
 
@@ -96,7 +96,7 @@ class _Reader:
 
 def _stored(scale: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """float32 scales of the file in the dtype in which they were frozen: exact, or the file is not that of the spec."""
-    stored = scale.to(STORED[spec.scale])
+    stored = scale.to(stored_dtype(spec.scale))
     if not stored.float().equal(scale):
         raise VerifyError(f"{name}: a scale in the file is not a {spec.scale} number")
     return stored

@@ -64,8 +64,8 @@ class Grid:
         self.spec = spec
         self.scale = qparams.scale.float()
         divisor = self.scale if qparams.exact_scale is None else qparams.exact_scale
-        self.inverse = spec.divide.endswith("inverse")
-        self.divisor = 1.0 / divisor if self.inverse else divisor
+        self.product = spec.divide.endswith("inverse") or spec.divide.startswith("reciprocal")
+        self.divisor = 1.0 / divisor if spec.divide.endswith("inverse") else divisor
         self.zero = self.shift = self.offset = None
         if qparams.offset is not None:
             if spec.offset == "zero_point":
@@ -87,7 +87,7 @@ class Grid:
         if self.shift is not None:
             torch.sub(x, c.scales(self.shift), out=y)
             x = y
-        (torch.mul if self.inverse else torch.div)(x, c.scales(self.divisor), out=y)
+        (torch.mul if self.product else torch.div)(x, c.scales(self.divisor), out=y)
         return y
 
     def steps(self, c: Chunk, y: Tensor, out: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat.affine import QParams, choose_qparams, fake_quantize, from_codes, tile
 from qat.exporters.hf_layout import matrix, to_codes, to_offset
-from qat.scheme import STORED, QuantSpec, check_block
+from qat.scheme import QuantSpec, check_block, stored_dtype
 
 SLAB = 2**15  # weights dequantized at a time on a CPU: they stay in its cache, and torch starts no threads for so few
 
@@ -178,7 +178,7 @@ class PackedLayer(nn.Module):
 
 
 def _grid(shape: tuple[int, int], spec: QuantSpec, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    scale = torch.empty(shape, dtype=STORED[spec.scale], device=device)
+    scale = torch.empty(shape, dtype=stored_dtype(spec.scale), device=device)
     if spec.offset is None or spec.offset == "zero_point":
         return scale, None
-    return scale, torch.empty(shape, dtype=STORED[spec.offset], device=device)
+    return scale, torch.empty(shape, dtype=stored_dtype(spec.offset), device=device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from qat.affine import QParams, block_range, qparams_from_range
+from qat.affine import QParams, block_range, qparams_from_range, store_offset, store_scale
 from qat.errors import UserError, at_least
 from qat.kernels.chunks import Grid, chunks, scratch
 from qat.scheme import QuantSpec
@@ -36,7 +36,12 @@ def search(tensor: Tensor, spec: QuantSpec, *, lowest: float = 0.3, steps: int =
         least = torch.where(better, error, least)
         best = QParams(*(None if a is None else torch.where(better, b, a) for a, b in zip(best, grid, strict=True)))  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert best is not None
-    return best
+    if isinstance(spec.scale, str) and (spec.offset is None or isinstance(spec.offset, str)):
+        return best
+    # each block chose for itself: bring them back onto the grid that neighbours share
+    assert spec.offset is not None or best.offset is None
+    offset = None if best.offset is None or spec.offset is None else store_offset(best.offset, spec.offset)
+    return QParams(store_scale(best.scale, spec.scale), offset)
 
 
 def _errors(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:

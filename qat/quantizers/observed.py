@@ -9,7 +9,7 @@ from qat.affine import QParams, qparams_from_range
 from qat.errors import UserError
 from qat.observers.base import Observer
 from qat.quantizers.base import FakeQuantize
-from qat.scheme import STORED, QuantSpec
+from qat.scheme import QuantSpec, stored_dtype
 
 
 class Observed(FakeQuantize):
@@ -26,8 +26,8 @@ class Observed(FakeQuantize):
         self.observer = observer()
         self.scale: Tensor
         self.offset: Tensor | None
-        self.register_buffer("scale", torch.ones(1, 1, dtype=STORED[spec.scale]))
-        dtype = torch.int32 if spec.offset == "zero_point" else STORED[spec.offset or "float32"]
+        self.register_buffer("scale", torch.ones(1, 1, dtype=stored_dtype(spec.scale)))
+        dtype = torch.int32 if spec.offset == "zero_point" else stored_dtype(spec.offset or "float32")
         self.register_buffer("offset", None if spec.offset is None else torch.zeros(1, 1, dtype=dtype))
         self.batches: Tensor
         self.register_buffer("batches", torch.tensor(0))
