@@ -188,7 +188,8 @@ def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
 
 def _reciprocal(largest: Tensor, spec: QuantSpec) -> QParams:
     """The runtimes' rule for activations: x is multiplied by qmax / max|x|, and the scale is not raised to a normal."""
-    factor = spec.type.qmax / largest.clamp(min=2.0**-118)  # finite; a block below that is all zeros
+    top = torch.full_like(largest, spec.type.qmax)  # a number over a tensor is computed as a product: two roundings
+    factor = top / largest.clamp(min=2.0**-118)  # finite
     factor = torch.where(largest == 0, torch.zeros_like(factor), factor)
     scale = 1.0 / factor if spec.divide == "reciprocal_scale" else largest / spec.type.qmax
     return QParams(store_offset(torch.where(largest == 0, torch.ones_like(scale), scale), spec.scale), None, factor)
