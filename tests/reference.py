@@ -94,7 +94,7 @@ def quantize(x: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray, np
     if spec.range == "absmax":
         scale = np.abs(t).max(-1) / np.float32(q.qmax)
     elif spec.range == "absmax_half":
-        scale = np.abs(t).max(-1) / np.float32((2**q.bits - 1) / 2)
+        scale = np.abs(t).max(-1) / np.float32((q.qmax - q.qmin) / 2)
     elif spec.range == "signed_max":
         first = np.abs(t).argmax(-1)
         scale = np.take_along_axis(t, first[..., None], -1)[..., 0] / np.float32(q.qmin)
