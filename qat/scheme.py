@@ -71,6 +71,8 @@ class QuantSpec:
               of the scales themselves, whose block counts scales, not weights.
     offset    None (symmetric), "zero_point" (an integer code that stands for 0.0), or the stored dtype of a floating
               offset, or the QuantSpec of the offsets.
+    block_sum for inputs of weights with a floating offset: the dtype in which a runtime keeps the sum of each block,
+              which it multiplies with the offset (ggml Q8_1: float16). None: the exact sum.
     Raises ValueError for a name that does not exist or a combination that has no meaning.
     """
 
@@ -81,6 +83,7 @@ class QuantSpec:
     divide: str = "stored"
     scale: "str | QuantSpec" = "portable"
     offset: "str | QuantSpec | None" = None
+    block_sum: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))
@@ -93,6 +96,10 @@ class QuantSpec:
                 self._check_nested(what, stored)
             elif what == "scale" or stored not in (None, "zero_point"):
                 _check(what, stored, STORED)
+        if self.block_sum is not None:
+            _check("block_sum", self.block_sum, STORED)
+            if self.divide != "reciprocal":
+                raise ValueError("block_sum is defined for divide 'reciprocal', as ggml's Q8_1 has it")
         if len(self.block) != 2 or any(type(n) is not int or n == 0 or n < -1 for n in self.block):
             raise ValueError(f"block is {self.block!r}; it must be two integers, each positive or -1 (the whole axis)")
         if self.range in OFFSET_RANGES and self.offset is None:

@@ -4,6 +4,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from qat.kernels.block_sum import with_block_sums
 from qat.quantizers.base import FakeQuantize
 
 
@@ -41,3 +42,10 @@ class QuantLayer(nn.Module):
         """The weight (out, in) that the forward pass multiplies with."""
         w = self.canonical(self.weight)
         return w if self.weight_quantizer is None else self.weight_quantizer(w)
+
+    def with_block_sums(self, out: Tensor, x: Tensor) -> Tensor:
+        """The output for the float input x as a runtime with rounded block sums has it (`QuantSpec.block_sum`)."""
+        taken, weight = self.input_quantizer, self.weight_quantizer
+        if taken is None or taken.spec.block_sum is None or not taken.enabled or weight is None:
+            return out
+        return with_block_sums(out, x, taken.spec, weight.qparams(self.canonical(self.weight)).offset)

@@ -18,4 +18,6 @@ class QuantConv1D(QuantLayer, Conv1D):  # pyright: ignore[reportIncompatibleVari
         return weight.t()
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_linear(self.quantized_input(x), self.weight, self.bias, self.weight_quantizer, transposed=True)
+        x_hat = self.quantized_input(x)
+        out = fake_linear(x_hat, self.weight, self.bias, self.weight_quantizer, transposed=True)
+        return self.with_block_sums(out, x)

@@ -10,4 +10,5 @@ class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleV
     kind = "Linear"
 
     def forward(self, x: Tensor) -> Tensor:
-        return fake_linear(self.quantized_input(x), self.weight, self.bias, self.weight_quantizer)
+        out = fake_linear(self.quantized_input(x), self.weight, self.bias, self.weight_quantizer)
+        return self.with_block_sums(out, x)
