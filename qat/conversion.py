@@ -12,6 +12,7 @@ from qat.errors import UserError
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.modules import quantized_class
 from qat.modules.base import QuantLayer
+from qat.modules.gelu import use_table_gelu
 from qat.observers.base import Observer
 from qat.observers.minmax import MinMaxObserver
 from qat.quantizers.base import FakeQuantize
@@ -28,15 +29,20 @@ def prepare(
     *,
     weight: WeightQuantizer = MinMax,
     observer: Callable[[], Observer] = MinMaxObserver,
+    gelu: str | None = None,
 ) -> nn.Module:
     """Replace, in place, every layer that a rule gives a scheme; returns the model.
 
     Call it before the optimiser is made and before a checkpoint is loaded: learned scales are parameters. Weights
     keep their names and their identity. weight(spec, tensor (out, in)) makes the weight quantizers; observer() the
-    ranges of static inputs. Raises UserError as `audit` does, or if the model is prepared already.
+    ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`). Raises UserError as `audit` does, or if the model is prepared already.
     """
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UserError("this model is prepared already; prepare a float model, once")
+    if gelu not in (None, "float16_table"):
+        raise UserError(f"gelu={gelu} is not possible; choose float16_table or leave it out")
+    if gelu:
+        use_table_gelu(model)
     shared: dict[int, FakeQuantize] = {}  # one quantizer for each tied tensor
     inputs: dict[tuple[str, int], FakeQuantize] = {}
     for row in audit(model, rules).rows:
