@@ -1,5 +1,9 @@
 """llama.cpp's GELU on a CPU: a table from float16 to float16 of the tanh form (ggml vec.h), with GELU's own gradient."""
 
+import ctypes
+import ctypes.util
+import math
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -14,11 +18,24 @@ GELUS = (
 )
 
 
+@cache
+def _table() -> Tensor:
+    """float32 [65536]: the float16 result for every float16, by its bits. The C library's tanhf, as in ggml: close to
+    -1 the last bit of tanh decides whether 1 + tanh is 0."""
+    library = ctypes.util.find_library("m")
+    tanhf = ctypes.CDLL(library).tanhf if library else math.tanh
+    if library:
+        tanhf.restype, tanhf.argtypes = ctypes.c_float, [ctypes.c_float]
+    x = torch.arange(65536).to(torch.int16).view(torch.float16).float()
+    inner = 0.79788456080286535587989211986876 * x * (1 + 0.044715 * x * x)
+    return (0.5 * x * (1 + torch.tensor([tanhf(v) for v in inner.tolist()]))).half().float()
+
+
 def table_gelu(x: Tensor) -> Tensor:
     """x float32 -> float32: 0 up to -10, x from 10 on, float16(gelu(float16(x))) between."""
-    h = x.half().float()
-    y = 0.5 * h * (1 + torch.tanh(0.79788456080286535587989211986876 * h * (1 + 0.044715 * h * h)))
-    return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, y.half().float()))
+    at = x.half().view(torch.int16).int() & 0xFFFF
+    y = _table().to(x.device)[at]
+    return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, y))
 
 
 class _TableGELU(torch.autograd.Function):

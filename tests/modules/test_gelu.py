@@ -19,7 +19,7 @@ def test_every_float16_maps_to_the_float16_of_the_formula() -> None:
     want = np.where(x <= -10, 0, np.where(x >= 10, x, want))
     got = table_gelu(torch.from_numpy(x)).numpy()
     assert np.abs(got - want).max() <= 2.0**-9  # one unit in the last place of a float16 up to 10
-    assert (got != want).mean() < 1e-3  # the last bit of tanh differs between libraries
+    assert (got != want).mean() < 5e-3  # the last bit of tanh differs between libraries
 
 
 def test_gradient_is_that_of_gelu() -> None:
