@@ -177,8 +177,8 @@ def run(
         _save_float(loaded, run_dir / "model", progress)
     else:
         if control:
+            pl.seed_everything(seed, verbose=False)  # as before the first load, whose weights may be random
             loaded = model.load(data)  # training changed the weights: start again from the same ones
-            pl.seed_everything(seed, verbose=False)
         net = prepare(loaded.model, rules, weight=quantizer, observer=observer).to(device)
         with progress("calibrate") as outcome:
             batches = list(itertools.islice(data.train_dataloader(), calibration_batches))
