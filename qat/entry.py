@@ -10,7 +10,13 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -107,7 +113,9 @@ def refuse_contradiction(target: str, scheme: str | None, export: list[str]) -> 
 
 def execute(config: dict[str, Any]) -> None:
     """Check, build and run one configuration."""
-    from hydra.errors import InstantiationException
+    from qat.reach import refuse_missing
+
+    refuse_missing(config)  # before the imports below, which take seconds
     from hydra.utils import instantiate
 
     from qat.pipeline import run

@@ -10,7 +10,6 @@ from datasets import Dataset
 from qat import hub
 from qat.data import chat, published
 from qat.data.base import Split, TokenData
-from qat.data.readers import find
 from qat.data.split import split
 from qat.data.store import Stored, store
 from qat.errors import UserError
@@ -76,7 +75,6 @@ class CustomData(TokenData):
                 explicit=self.explicit,
                 reason=str(e),
                 key="data",
-                remedy=published.REMEDY,
             )
         return None
 
@@ -187,10 +185,8 @@ class CustomData(TokenData):
 
 def _splits(path: str, config: str | None, key: str) -> dict[str, list[Path]]:
     """Files by split: {"train": ...} for what is on disk."""
-    local = Path(path).expanduser()
-    if local.exists() or not hub.is_id(path) or local.suffix.lower() in published.SUFFIXES:
-        return {"train": find(local, key)}
-    return published.fetch(path, config, key)
+    local = published.local(path, key)
+    return published.fetch(path, config, key) if local is None else {"train": local}
 
 
 def _named(rows: Dataset, fingerprint: str) -> Dataset:
