@@ -1,4 +1,4 @@
-"""The Hugging Face hub: one probe of 2.5 s, then a download, the local cache, a stand-in that was asked for, or an error.
+"""The Hugging Face hub: one short probe, then a download, the local cache, a stand-in that was asked for, or an error.
 
 The hub client retries for half a minute without a network, and resumes a breaking transfer for as long as a byte
 arrives. So one request (the listing of the repository, needed anyway) goes through the client's own session, where
