@@ -71,7 +71,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
     module = target_module(target)
     verdict = Verdict(target)
     folder = path.parent if path.is_file() else path
-    base = Path(against) if against is not None else _own_run(folder)
+    base = Path(against) if against is not None else own_run(folder)
     written = module.read(path)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     verdict.figures |= {"path": str(path), "bytes": size}
@@ -101,9 +101,10 @@ def read_any(path: Path) -> Frozen:
     return target_module(target).read(path)
 
 
-def _own_run(folder: Path) -> Path | None:
-    run_dir = folder.parent.parent
-    return run_dir if folder.parent.name == "export" and (run_dir / "frozen").is_dir() else None
+def own_run(folder: Path) -> Path | None:
+    """The run folder that an exported folder lies in, None if it lies elsewhere."""
+    run_dir = folder.absolute().parent.parent
+    return run_dir if folder.absolute().parent.name == "export" and (run_dir / "frozen").is_dir() else None
 
 
 def bits_per_weight(frozen: Frozen) -> float:
