@@ -50,6 +50,8 @@ class CustomData(TokenData):
         self.path, self.validation_path, self.config = path, validation_path, config
         self.column, self.skip = text_column, on_bad_row == "skip"
         self.offline, self.explicit = offline, explicit
+        local = Path(path).expanduser()
+        self.name = local.resolve().name if local.exists() else " ".join(filter(None, [path, config]))  # not where a file lies
         self._files: dict[str, list[Path]] = {}
         self._parts: dict[str, Dataset] = {}
         self._reports: dict[str, dict[str, Any]] = {}
