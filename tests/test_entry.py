@@ -163,6 +163,15 @@ def test_hydra_flags_still_work(tmp_path: Path, flag: str, shown: str) -> None:
     assert shown in done.stdout
 
 
+def test_multirun_reports_every_job_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "--multirun", "recipe=pretrain_gpt2_mini", "data.block_size=-1,0", "data.batch_size=0")
+    lines = message.removeprefix("error: ").splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["job 0 (data.block_size=-1)", "job 1 (data.block_size=0)"]
+    assert all("is not possible; give a positive number" in line for line in lines)
+    message = refused(capsys, "-m", "recipe=pretrain_gpt2_mini", "seed=1,2", "run_dir=here")
+    assert message.count("run_dir is one folder, and --multirun needs one for each job") == 2
+
+
 def test_multirun_runs_each(tmp_path: Path) -> None:
     library = corpus(tmp_path / "library")
     arguments = ["--multirun", "recipe=pretrain_gpt2_mini", f"data.root={library}", "seed=1,2", "trainer.max_steps=0"]

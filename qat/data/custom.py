@@ -51,7 +51,8 @@ class CustomData(TokenData):
         self.column, self.skip = text_column, on_bad_row == "skip"
         self.offline, self.explicit = offline, explicit
         local = Path(path).expanduser()
-        self.name = local.resolve().name if local.exists() else " ".join(filter(None, [path, config]))  # not where a file lies
+        # not where a file lies: a published model card would tell it
+        self.name = local.resolve().name if local.exists() else " ".join(filter(None, [path, config]))
         self._files: dict[str, list[Path]] = {}
         self._parts: dict[str, Dataset] = {}
         self._reports: dict[str, dict[str, Any]] = {}
