@@ -82,7 +82,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         _against_manifest(written, manifest, verdict)
     else:
         frozen = read_any(base)
-        compare(written, frozen, verdict)
+        compare(written, frozen, verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
     if runtime and not verdict.differences:
@@ -113,8 +113,11 @@ def bits_per_weight(frozen: Frozen) -> float:
     return 8 * frozen.nbytes() / sum(t.numel() for t in tensors)
 
 
-def compare(written: Frozen, frozen: Frozen, verdict: Verdict) -> None:
-    """Every tensor of `frozen` against the written one; sets codes_equal and weights_equal."""
+def compare(written: Frozen, frozen: Frozen, verdict: Verdict, *, whole_config: bool = False) -> None:
+    """Every tensor of `frozen` against the written one; sets codes_equal and weights_equal.
+
+    whole_config: the file keeps every key of the configuration, so that one which is not there is a difference.
+    """
     codes = weights = True
     for name, want in frozen.weights.items():
         have = written.weights.get(name)
@@ -153,12 +156,17 @@ def compare(written: Frozen, frozen: Frozen, verdict: Verdict) -> None:
         if not same:
             codes = False
             verdict.differences.append(f"{name}: the input's scale or zero point differs from the calibrated one")
-    for key, have_value in written.config.items():
-        want_value = frozen.config.get(key)
-        if key not in FREE_KEYS and want_value is not None and not _same(have_value, want_value):
-            verdict.differences.append(
-                f"config {key} is {have_value!r} in the file, {want_value!r} in the frozen model"
-            )
+    for key, want in frozen.config.items():
+        have = written.config.get(key)
+        if key not in written.config:
+            if whole_config and key != "_name_or_path":
+                verdict.differences.append(f"config {key} is missing from the file, {want!r} in the frozen model")
+        elif key in FREE_KEYS or (not whole_config and (want is None or key == "max_position_embeddings")):
+            continue  # llama.cpp caps the context at a sliding window
+        elif not _same(have, want):
+            verdict.differences.append(f"config {key} is {have!r} in the file, {want!r} in the frozen model")
+    if whole_config and written.ties != frozen.ties:
+        verdict.differences.append(f"the ties are {written.ties} in the file, {frozen.ties} in the frozen model")
     if written.tokenizer and frozen.tokenizer:  # a format with a tokenizer of its own is compared in its runtime
         for name in frozen.tokenizer:
             if written.tokenizer.get(name) != frozen.tokenizer.get(name):
@@ -166,9 +174,9 @@ def compare(written: Frozen, frozen: Frozen, verdict: Verdict) -> None:
     verdict.figures |= {"codes_equal": codes, "weights_equal": weights}
 
 
-FREE_KEYS = {  # may differ without changing what the model computes; llama.cpp caps the context at a sliding window
+FREE_KEYS = {  # may differ without changing what the model computes
     *("name", "_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures", "quantization_config"),
-    *("max_position_embeddings", "use_cache"),
+    "use_cache",
 }
 
 
