@@ -43,6 +43,14 @@ def refuse_tokenizers(names: list[str], files: dict[str, bytes], config: dict[st
             raise UserError(f"export to {name}: {why}")
 
 
+def refuse_texts(names: list[str], tokens: int, config: dict[str, Any]) -> None:
+    """Raises UserError if a target's runtime cannot compute texts of so many tokens as the model does."""
+    for name in names:
+        refuse = getattr(target_module(name), "refuse_text", None)
+        if refuse is not None and (why := refuse(tokens, config)):
+            raise UserError(f"export to {name}: {why}")
+
+
 def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:
     """Write `frozen` for `target` as the folder `path`, whole or not at all; returns `path`.
 

@@ -39,6 +39,11 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     return None
 
 
+def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an unquantized parameter in the folder: its own."""
+    return dtype
+
+
 def export(frozen: Frozen, path: Path) -> None:
     """Write config.json, model.safetensors (in shards from 5 GB on) and the tokenizer's files into the folder `path`.
 
