@@ -141,6 +141,9 @@ def execute(config: dict[str, Any]) -> None:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, ValueError):  # a grid or a rule that has no meaning
+            where = str(error).rpartition("full_key: ")[2]
+            raise UserError(f"{where}: {error.__cause__}") from None
         raise
     with disk_errors():
         run(**objects | {"run_dir": run_dir, "config": config})

@@ -91,6 +91,19 @@ def test_a_broken_recipe_file_is_named(
     assert "torn.yaml" in refused(capsys, "recipe=torn")
 
 
+def test_a_scheme_without_meaning_is_refused(
+    capsys: pytest.CaptureFixture[str], in_an_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = "{_target_: qat.scheme.QuantSpec, qtype: int9}"
+    scheme = f"{{_target_: qat.scheme.Scheme, weight: {weight}}}"
+    (in_an_empty_folder / "odd.yaml").write_text(
+        f"# Odd.\ndefaults:\n  - override /scheme: none\nscheme:\n  rules:\n"
+        f"    - {{_target_: qat.scheme.Rule, scheme: {scheme}}}\n"
+    )
+    monkeypatch.setattr(recipes, "RECIPES", in_an_empty_folder)
+    assert "error: scheme.rules[0].scheme.weight: qtype is 'int9'" in refused(capsys, "recipe=odd")
+
+
 def test_resume_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "resume=nowhere is no run folder" in refused(capsys, "resume=nowhere")
 
