@@ -1,7 +1,8 @@
-"""Export targets, one file each: `refuse`, `export`, `read` and the RUNTIME that must run the result.
+"""Export targets, one file each: `refuse`, `stored_dtype`, `export`, `read` and the RUNTIME that must run the result.
 
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
-one file with those four names, and a YAML in configs/target.
+one file with those five names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text` and
+`refuse_input` are for targets that have something to say there.
 """
 
 from importlib import import_module
