@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from machine import machine
-from subjects import METHODS, MODELS, train_step
+from subjects import METHODS, MODELS, arguments, train_step
 
 
 def resident() -> int:
@@ -40,13 +40,8 @@ def measure(method: str, model: str, batch: int, tokens: int, steps: int) -> int
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=MODELS, default="llama_40m")
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--tokens", type=int, default=128)
-    p.add_argument("--threads", type=int, default=2)
+    p = arguments(__doc__)
     p.add_argument("--steps", type=int, default=4)
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--only", choices=METHODS, help=argparse.SUPPRESS)
     args = p.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,5 +1,6 @@
 """What the benchmarks compare: two models, and for each method a function that prepares a float model for training."""
 
+import argparse
 import logging
 import warnings
 from collections.abc import Callable
@@ -110,3 +111,14 @@ def train_step(model: nn.Module, batch: int, tokens: int, vocab: int) -> Callabl
         return float(loss.detach())
 
     return step
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark of a training step has."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", choices=MODELS, default="llama_40m")
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--tokens", type=int, default=128)
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    return p

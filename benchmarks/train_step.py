@@ -8,23 +8,17 @@ median of the ratios of neighbouring steps. Process-CPU time is shown beside the
 processes, except through caches and memory bandwidth.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
 from machine import machine
-from subjects import METHODS, MODELS, train_step
+from subjects import METHODS, MODELS, arguments, train_step
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=MODELS, default="llama_40m")
-    p.add_argument("--batch", type=int, default=1)
-    p.add_argument("--tokens", type=int, default=128)
-    p.add_argument("--threads", type=int, default=2)
+    p = arguments(__doc__)
     p.add_argument("--rounds", type=int, default=15)
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     steps = {}

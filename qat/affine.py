@@ -299,14 +299,19 @@ def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.
     return cast(Tensor, _FakeQuantize.apply(x, *qparams, spec, edge))  # pyright: ignore[reportUnknownMemberType]
 
 
-def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
-    """x (R, C) -> codes. Raises ValueError if x or its grid is not finite."""
+def refuse_infinite(x: Tensor, qparams: QParams, spec: QuantSpec) -> None:
+    """Raise ValueError if x or its grid is not finite."""
     if not torch.isfinite(x).all():
         raise ValueError("the tensor holds NaN or infinity")
     if not torch.isfinite(qparams.scale).all():
         raise ValueError(f"a scale is beyond the range of {spec.scale}: store scales as float32 or bfloat16")
     if qparams.offset is not None and not torch.isfinite(qparams.offset).all():
         raise ValueError(f"an offset is beyond the range of {spec.offset}: store offsets as float32 or bfloat16")
+
+
+def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
+    """x (R, C) -> codes. Raises ValueError if x or its grid is not finite."""
+    refuse_infinite(x, qparams, spec)
     x = x.detach()
     codes = torch.empty(x.shape, dtype=spec.type.storage, device=x.device)
     r, _ = check_block((x.shape[0], x.shape[1]), spec.block)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from qat.errors import UserError
@@ -19,14 +20,16 @@ from qat.scheme import QuantSpec, Rule, bits_per_weight
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter. shape: its own; matrix: (out, in), what is cut into blocks. module: the owning module's path.
-    tied: the parameter that holds the same tensor and is listed first, or "". rule: index of the rule that decided."""
+    """One parameter. shape: its own; matrix: (out, in), what is cut into blocks. dtype: in memory. module: the owning
+    module's path. tied: the parameter that holds the same tensor and is listed first, or "". rule: index of the rule
+    that decided."""
 
     name: str
     module: str
     kind: str
     shape: tuple[int, ...]
     matrix: tuple[int, int]
+    dtype: torch.dtype
     spec: QuantSpec | None
     rule: int | None
     tied: str
@@ -36,10 +39,9 @@ class Row:
     def numel(self) -> int:
         return 0 if self.tied else int(self.matrix[0] * self.matrix[1])
 
-    @property
-    def bits(self) -> float:
-        """Stored bits for each weight; floats are counted as float32."""
-        return 32.0 if self.spec is None else bits_per_weight(self.spec, self.matrix)
+    def nbytes(self, dtype: torch.dtype) -> float:
+        """Bytes when stored: codes, scales and offsets, or floats of `dtype`; none where it is tied to another."""
+        return self.numel * (dtype.itemsize if self.spec is None else bits_per_weight(self.spec, self.matrix) / 8)
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,17 @@ class Audit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights when packed: what a file holds besides its tokenizer and header."""
-        return int(sum(r.numel * r.bits for r in self.rows) / 8)
+        """Bytes of the weights when packed, floats as they are in memory."""
+        return int(sum(r.nbytes(r.dtype) for r in self.rows))
 
     @property
     def float_nbytes(self) -> int:
-        return sum(r.numel * 4 for r in self.rows)
+        return sum(r.numel * r.dtype.itemsize for r in self.rows)
 
-    def training_nbytes(self) -> int:
-        """Bytes that float32 weights, gradients and AdamW's two moments need; activations come on top."""
-        return 4 * self.float_nbytes
+    def export_nbytes(self, target: str) -> int:
+        """Bytes that the export holds besides its tokenizer and header."""
+        stored = import_module(f"qat.exporters.{target}").stored_dtype
+        return int(sum(r.nbytes(stored(r.name, r.shape, r.dtype)) for r in self.rows))
 
     def coverage(self) -> list[dict[str, Any]]:
         """The report's `coverage`: name, shape, scheme, reason of every parameter."""
@@ -115,13 +118,13 @@ def audit(
                 scheme = rules[index].scheme
                 spec = scheme.weight if scheme else None
                 reason = f"rule {index + 1}" if spec else f"rule {index + 1} leaves it"
-            row = Row(name, path, kind, shape, _matrix(kind, shape), spec, index, "", reason)
+            row = Row(name, path, kind, shape, _matrix(kind, shape), parameter.dtype, spec, index, "", reason)
             holder = first.setdefault(id(parameter), row)
             if holder is not row:
                 row = _tie(holder, row)
             rows.append(row)
     _refuse_unused(rules, used, model)
-    _refuse_shapes(rows)
+    _refuse_shapes(rows, targets)
     _refuse_inputs(rows, rules)
     for target in targets:
         _refuse_target(rows, target, config or {})
@@ -193,18 +196,20 @@ def _refuse_unused(rules: Sequence[Rule], used: set[int], model: nn.Module) -> N
         )
 
 
-def _refuse_shapes(rows: list[Row]) -> None:
+def _refuse_shapes(rows: list[Row], targets: Sequence[str]) -> None:
     for row in rows:
         if row.spec is None:
             continue
         try:
             bits_per_weight(row.spec, row.matrix)
         except ValueError as e:
-            cols, want = row.matrix[1], row.spec.block[1]
-            fits = max((b for b in range(1, abs(want) + 1) if cols % b == 0), default=cols)
+            channel = f"scheme={'int4' if row.spec.type.bits <= 4 else 'int8'}_channel"
+            if targets:  # a target sets a scheme of its own, and GGUF has no such grid
+                channel = f"target=null {channel} export=hf"
+            path = re.sub(r"\.\d+\\", r".\\d+\\", re.escape(row.module))
             raise UserError(
-                f"{row.name}: {e}; the nearest block that fits is (1, {fits}), or (1, -1) for one scale a row, "
-                "or leave this layer in floating point with a rule"
+                f"{row.name}: {e}; give {channel} for one scale a row, or leave such layers in floating point by the "
+                f"rule {{_target_: qat.scheme.Rule, path: '{path}'}} put first in a scheme file"
             ) from e
 
 

@@ -10,7 +10,14 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -53,16 +60,17 @@ def train(argv: list[str]) -> None:
         raise UserError(f"name a recipe\n\n{recipes.listing()}")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing a page and exiting with 1
     failures: list[UserError | VerifyError] = []
+    quoted = list(map(overrides.quote, argv))
 
     def job(composed: DictConfig) -> None:
         try:  # Hydra would print a line of its own for what it sees failing
             launch(composed)
         except OmegaConfBaseException as error:
-            failures.append(UserError(explain(error)))
+            failures.append(of_its_job(UserError(explain(error)), quoted))
         except (UserError, VerifyError) as error:
-            failures.append(error)
+            failures.append(of_its_job(error, quoted))
 
-    script, sys.argv = sys.argv, [sys.argv[0], *map(overrides.quote, argv)]
+    script, sys.argv = sys.argv, [sys.argv[0], *quoted]
     try:
         recipes.register()
         hydra.main(version_base="1.3", config_path=str(recipes.CONFIGS), config_name="train")(job)()
@@ -71,7 +79,17 @@ def train(argv: list[str]) -> None:
     finally:
         sys.argv = script
     if failures:
-        raise failures[0]
+        worst = max(failures, key=lambda failure: failure.exit_code)
+        raise type(worst)("\n".join(map(str, failures))) from worst
+
+
+def of_its_job(error: UserError | VerifyError, quoted: list[str]) -> UserError | VerifyError:
+    """With --multirun: the error, with the overrides that set its job apart from the others."""
+    chosen = HydraConfig.get()
+    if chosen.mode is not RunMode.MULTIRUN:
+        return error
+    own = " ".join(override for override in chosen.overrides.task if override not in quoted)
+    return type(error)(f"job {chosen.job.num} ({own}): {error}")
 
 
 def launch(composed: DictConfig) -> None:
@@ -88,6 +106,8 @@ def launch(composed: DictConfig) -> None:
     for name in ("model", "data"):  # a stand-in never replaces what the user named
         if "explicit" in config[name]:
             config[name]["explicit"] = f"{name}.path" in given
+    if config["run_dir"] is not None and chosen.mode is RunMode.MULTIRUN:
+        raise UserError("run_dir is one folder, and --multirun needs one for each job: leave it out")
     if config["run_dir"] is not None:
         run_folder.refuse_used(Path(config["run_dir"]))
     execute(config)
@@ -107,7 +127,9 @@ def refuse_contradiction(target: str, scheme: str | None, export: list[str]) -> 
 
 def execute(config: dict[str, Any]) -> None:
     """Check, build and run one configuration."""
-    from hydra.errors import InstantiationException
+    from qat.reach import refuse_missing
+
+    refuse_missing(config)  # before the imports below, which take seconds
     from hydra.utils import instantiate
 
     from qat.pipeline import run
@@ -119,6 +141,9 @@ def execute(config: dict[str, Any]) -> None:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, ValueError):  # a grid or a rule that has no meaning
+            where = str(error).rpartition("full_key: ")[2]
+            raise UserError(f"{where}: {error.__cause__}") from None
         raise
     with disk_errors():
         run(**objects | {"run_dir": run_dir, "config": config})

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: one probe of 3 s, then a download, the local cache, a stand-in that was asked for, or an error.
+"""The Hugging Face hub: one short probe, then a download, the local cache, a stand-in that was asked for, or an error.
 
 The hub client retries for half a minute without a network, and resumes a breaking transfer for as long as a byte
 arrives. So one request (the listing of the repository, needed anyway) goes through the client's own session, where
@@ -32,10 +32,12 @@ from huggingface_hub.utils import get_session, httpx
 from qat.errors import UserError
 
 Kind = Literal["model", "dataset"]
-WAIT = 3.0  # seconds for the probe
+WAIT = 2.5  # seconds for the probe: with what comes before it, a run without a hub ends within 5 s
 TRIES = 4  # requests for one file in one download
-FORGET = 60.0  # seconds for which "unreachable" is remembered, so that model and data do not both wait
-_down: dict[str, tuple[float, str]] = {}
+FORGET = 60.0  # seconds for which an answer is remembered: the hub is asked before the slow imports, used after them
+ON_DISK = {"model": "model.path=FOLDER", "data": "data=custom data.path=FILE"}
+_down: dict[str, tuple[float, str]] = {}  # by endpoint, so that model and data do not both wait
+_known: dict[tuple[str, str, str], tuple[float, Any]] = {}  # what `away` learned, for the `fetch` that follows it
 
 
 class Unreachable(Exception):
@@ -56,19 +58,24 @@ def is_id(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path, re.ASCII) is not None
 
 
-def stand_in(
-    requested: str, *, used: str, offline: str, explicit: bool, reason: str, key: str, remedy: str
-) -> Fallback:
-    """The stand-in `used` if `key`.offline names it; else UserError with the reason and `remedy`.
+def stand_in(requested: str, *, used: str, offline: str, explicit: bool, reason: str, key: str) -> Fallback:
+    """The stand-in `used` if `key`.offline names it; else UserError with the reason and the remedies.
 
     `explicit` (the user gave the path himself) never falls back: what was asked for by name is not swapped.
     """
     check_offline(offline, used, key)
     if offline == used and not explicit:
         return Fallback(requested, used, reason)
-    raise UserError(
-        f"{requested} is not in the local cache and the hub ({constants.ENDPOINT}) cannot be reached: {reason}. "
-        f"{remedy}"
+    raise unreachable({requested: key}, reason)
+
+
+def unreachable(lost: dict[str, str], reason: str) -> UserError:
+    """The refusal of a run that lacks these repositories (id -> "model" or "data"), with what would work."""
+    on_disk = " ".join(ON_DISK[key] for key in dict.fromkeys(lost.values()))
+    return UserError(
+        f"{' and '.join(lost)} {'are' if len(lost) > 1 else 'is'} not in the local cache and the hub "
+        f"({constants.ENDPOINT}) cannot be reached: {reason}. "
+        f"`python train.py recipe=quickstart` needs no network at all; or name what is on disk: {on_disk}"
     )
 
 
@@ -88,13 +95,11 @@ def fetch(repo: str, kind: Kind, key: str, choose: Choose) -> tuple[Path, list[s
     UserError (unknown or gated repository, a download that breaks off, and whatever `choose` raises).
     """
     try:
-        info = probe(repo, kind, key)
+        wanted = _choice(probe(repo, kind, key), choose)
     except Unreachable:
         if (held := cached(repo, kind, choose)) is not None:
             return held
         raise
-    card = info.card_data.to_dict() if info.card_data else {}
-    wanted = choose([sibling.rfilename for sibling in info.siblings or []], card)
     patterns = ["README.md", *(glob.escape(name) for name in wanted)]
     try:
         with _bounded():
@@ -106,6 +111,22 @@ def fetch(repo: str, kind: Kind, key: str, choose: Choose) -> tuple[Path, list[s
             f"the download of {repo} from {constants.ENDPOINT} broke off: {first_line(e)}. "
             "Nothing half-written is used; run the same command again"
         ) from e
+
+
+def away(repo: str, kind: Kind, key: str, choose: Choose) -> str | None:
+    """Why `fetch` would raise Unreachable, None if it would not. Downloads nothing; raises its other UserErrors."""
+    try:
+        info = probe(repo, kind, key)
+    except Unreachable as e:
+        return None if cached(repo, kind, choose) else str(e)
+    _choice(info, choose)
+    _known[constants.ENDPOINT, repo, kind] = (time.monotonic(), info)
+    return None
+
+
+def _choice(info: Any, choose: Choose) -> list[str]:
+    card = info.card_data.to_dict() if info.card_data else {}
+    return choose([sibling.rfilename for sibling in info.siblings or []], card)
 
 
 def cached(repo: str, kind: Kind, choose: Choose) -> tuple[Path, list[str]] | None:
@@ -143,6 +164,9 @@ def probe(repo: str, kind: Kind, key: str) -> Any:
     since, reason = _down.get(constants.ENDPOINT, (-FORGET, ""))
     if time.monotonic() - since < FORGET:
         raise Unreachable(reason)
+    since, info = _known.pop((constants.ENDPOINT, repo, kind), (-FORGET, None))
+    if time.monotonic() - since < FORGET:
+        return info
     try:
         return _ask(repo, kind, key)
     except Unreachable as e:
@@ -162,7 +186,7 @@ def _ask(repo: str, kind: Kind, key: str) -> Any:
     # A thread, because the socket's timeout covers neither the look-up of the name nor a second address.
     threading.Thread(target=work, daemon=True).start()
     try:
-        answer = answers.get(timeout=WAIT + 0.3)
+        answer = answers.get(timeout=WAIT)
         if isinstance(answer, Exception):
             raise answer
         return answer

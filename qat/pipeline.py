@@ -3,7 +3,6 @@
 import itertools
 import logging
 import platform
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from qat import evaluation as evaluating
 from qat import run_folder
 from qat.auditing import Audit, audit
+from qat.budget import choose_device, refuse_memory
 from qat.conversion import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
 from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError, at_least
-from qat.exporters import refuse_missing_runtimes, refuse_tokenizers
+from qat.exporters import refuse_missing_runtimes, refuse_texts, refuse_tokenizers
 from qat.files import atomic_folder
 from qat.hub import Fallback
 from qat.layers import layer_stats
@@ -30,6 +30,7 @@ from qat.models.load import EMBEDDED_CONTEXT, Loaded
 from qat.models.positions import refuse_longer
 from qat.observers.base import Observer
 from qat.quantizers.bias import round_biases
+from qat.rehearsal import rehearse
 from qat.report.audit import print_audit
 from qat.report.html import write_html
 from qat.report.schema import Report, Stage, recovered, write_report
@@ -97,21 +98,24 @@ def run(
     if export and not rules:
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
 
+    device = choose_device(trainer, progress.console)
     with progress("load") as outcome:
         data, missed = _reached(data)
         loaded = model.load(data)
         size = sum(p.numel() for p in loaded.model.parameters())
-        outcome.text = f"{loaded.source}, {size:,} parameters"
-    device = _device(trainer, progress)
+        outcome.text = f"{loaded.source}, {size:,} parameters{refuse_memory(loaded.model, trainer, device)}"
     audited: Audit | None = None
     if rules:
         with progress("audit") as outcome:
             audited = audit(loaded.model, rules, targets=export, config=_config(loaded.model))
             refuse_tokenizers(export, tokenizer_files(loaded.tokenizer), _config(loaded.model))
-            outcome.text = print_audit(audited, progress.console, training=trainer.keywords["max_steps"] > 0)
+            made: Any = {"weight": quantizer, "observer": observer, "calibration_batches": calibration_batches}
+            rehearse(loaded.model, audited, rules, **made, targets=export)
+            outcome.text = print_audit(audited, progress.console, exports=export)
     if loaded.fallback is not None:
         data.block_size = min(data.block_size, EMBEDDED_CONTEXT)
     refuse_longer("data.block_size", getattr(data, "block_size", 0), _config(loaded.model))
+    refuse_texts(export, getattr(data, "block_size", 0), _config(loaded.model))
     with progress("data") as outcome:
         data.attach(loaded.tokenizer)
         batch = data.evaluation(evaluation.split, evaluation.windows)
@@ -177,8 +181,8 @@ def run(
         _save_float(loaded, run_dir / "model", progress)
     else:
         if control:
+            pl.seed_everything(seed, verbose=False)  # as before the first load, whose weights may be random
             loaded = model.load(data)  # training changed the weights: start again from the same ones
-            pl.seed_everything(seed, verbose=False)
         net = prepare(loaded.model, rules, weight=quantizer, observer=observer).to(device)
         with progress("calibrate") as outcome:
             batches = list(itertools.islice(data.train_dataloader(), calibration_batches))
@@ -251,19 +255,6 @@ def _config(net: nn.Module) -> dict[str, Any]:
 def _nbytes(net: nn.Module, audited: Audit | None, stage: str) -> int:
     quantized = audited is not None and stage in ("ptq", "qat")
     return audited.nbytes if quantized and audited else sum(p.numel() * p.element_size() for p in net.parameters())
-
-
-def _device(trainer: partial[pl.Trainer], progress: Stages) -> torch.device:
-    """Where stages outside training run: the GPU that Lightning would take, else the CPU."""
-    wants = trainer.keywords.get("accelerator", "auto")
-    if wants in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.version.cuda is None and shutil.which("nvidia-smi"):
-        progress.console.print(
-            "[bold yellow]warning[/] this machine has an NVIDIA GPU but torch is a CPU-only build: "
-            "install torch with CUDA from https://pytorch.org to train on it"
-        )
-    return torch.device("cpu")
 
 
 def _warn_stand_in(fallback: list[dict[str, Any]], progress: Stages) -> None:

@@ -7,7 +7,7 @@ must fit the parameter's annotation. Importing the targets is the only work done
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
@@ -89,12 +89,23 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _say(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if get_args(kind):
-        return " or ".join("nothing" if k is type(None) else _say(k) for k in get_args(kind))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return names.get(kind, getattr(kind, "__name__", str(kind)))
+    """What fits, every choice once."""
+    alternatives = list(_alternatives(kind))
+    choices = dict.fromkeys(str(c) for k in alternatives if get_origin(k) is Literal for c in get_args(k))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}
+    names |= {list: "a list", tuple: "a list"}
+    others = [get_origin(k) or k for k in alternatives if get_origin(k) is not Literal]
+    said = [f"one of {', '.join(choices)}"] if choices else []
+    said += [names.get(k) or getattr(k, "__name__", str(k)) for k in others]
+    return " or ".join(dict.fromkeys(said))
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    if get_origin(kind) not in (Union, types.UnionType):
+        yield kind
+        return
+    for option in get_args(kind):
+        yield from _alternatives(option)
 
 
 def suggestion(key: str, known: Iterable[str]) -> str:

@@ -48,7 +48,8 @@ def ship(
             outcome.text = str(path)
         with progress(f"verify {target}") as outcome:
             try:
-                found = verify_apart(path, run_dir)
+                with outcome.follow():
+                    found = verify_apart(path, run_dir)
             except (UserError, VerifyError) as error:  # a missing runtime must not cost the report of a long training
                 wrong.append(type(error)(f"{target}: {error}"))
                 outcome.text = f"[red]NOT VERIFIED[/] {error}"

@@ -71,7 +71,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
     module = target_module(target)
     verdict = Verdict(target)
     folder = path.parent if path.is_file() else path
-    base = Path(against) if against is not None else _own_run(folder)
+    base = Path(against) if against is not None else own_run(folder)
     written = module.read(path)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     verdict.figures |= {"path": str(path), "bytes": size}
@@ -82,7 +82,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         _against_manifest(written, manifest, verdict)
     else:
         frozen = read_any(base)
-        compare(written, frozen, verdict)
+        compare(written, frozen, verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
     if runtime and not verdict.differences:
@@ -101,9 +101,10 @@ def read_any(path: Path) -> Frozen:
     return target_module(target).read(path)
 
 
-def _own_run(folder: Path) -> Path | None:
-    run_dir = folder.parent.parent
-    return run_dir if folder.parent.name == "export" and (run_dir / "frozen").is_dir() else None
+def own_run(folder: Path) -> Path | None:
+    """The run folder that an exported folder lies in, None if it lies elsewhere."""
+    run_dir = folder.absolute().parent.parent
+    return run_dir if folder.absolute().parent.name == "export" and (run_dir / "frozen").is_dir() else None
 
 
 def bits_per_weight(frozen: Frozen) -> float:
@@ -112,8 +113,11 @@ def bits_per_weight(frozen: Frozen) -> float:
     return 8 * frozen.nbytes() / sum(t.numel() for t in tensors)
 
 
-def compare(written: Frozen, frozen: Frozen, verdict: Verdict) -> None:
-    """Every tensor of `frozen` against the written one; sets codes_equal and weights_equal."""
+def compare(written: Frozen, frozen: Frozen, verdict: Verdict, *, whole_config: bool = False) -> None:
+    """Every tensor of `frozen` against the written one; sets codes_equal and weights_equal.
+
+    whole_config: the file keeps every key of the configuration, so that one which is not there is a difference.
+    """
     codes = weights = True
     for name, want in frozen.weights.items():
         have = written.weights.get(name)
@@ -152,12 +156,17 @@ def compare(written: Frozen, frozen: Frozen, verdict: Verdict) -> None:
         if not same:
             codes = False
             verdict.differences.append(f"{name}: the input's scale or zero point differs from the calibrated one")
-    for key, have_value in written.config.items():
-        want_value = frozen.config.get(key)
-        if key not in FREE_KEYS and want_value is not None and not _same(have_value, want_value):
-            verdict.differences.append(
-                f"config {key} is {have_value!r} in the file, {want_value!r} in the frozen model"
-            )
+    for key, want in frozen.config.items():
+        have = written.config.get(key)
+        if key not in written.config:
+            if whole_config and key != "_name_or_path":
+                verdict.differences.append(f"config {key} is missing from the file, {want!r} in the frozen model")
+        elif key in FREE_KEYS or (not whole_config and (want is None or key == "max_position_embeddings")):
+            continue  # llama.cpp caps the context at a sliding window
+        elif not _same(have, want):
+            verdict.differences.append(f"config {key} is {have!r} in the file, {want!r} in the frozen model")
+    if whole_config and written.ties != frozen.ties:
+        verdict.differences.append(f"the ties are {written.ties} in the file, {frozen.ties} in the frozen model")
     if written.tokenizer and frozen.tokenizer:  # a format with a tokenizer of its own is compared in its runtime
         for name in frozen.tokenizer:
             if written.tokenizer.get(name) != frozen.tokenizer.get(name):
@@ -165,9 +174,9 @@ def compare(written: Frozen, frozen: Frozen, verdict: Verdict) -> None:
     verdict.figures |= {"codes_equal": codes, "weights_equal": weights}
 
 
-FREE_KEYS = {  # may differ without changing what the model computes; llama.cpp caps the context at a sliding window
+FREE_KEYS = {  # may differ without changing what the model computes
     *("name", "_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures", "quantization_config"),
-    *("max_position_embeddings", "use_cache"),
+    "use_cache",
 }
 
 

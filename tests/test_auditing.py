@@ -1,13 +1,21 @@
 """The audit: every parameter accounted for, sizes that come true, and refusals that name the thing and the remedy."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file
 from test_conversion import GPT2_RULES, INT4, INT8, cnn, gpt2, llama
+from tiny_models import tiny_gpt2
 from torch import nn
+from transformers import GPT2LMHeadModel
 
 from qat.auditing import audit
 from qat.conversion import convert, prepare
 from qat.errors import UserError
+from qat.exporters import export
 from qat.scheme import QuantSpec, Rule, Scheme
 
 
@@ -60,11 +68,39 @@ def test_refusals() -> None:
     refused(gpt2(), [Rule(type="Linear", path="transformer.*", scheme=INT4)], "rule 1 .* decides nothing .*Conv1D")
     refused(gpt2(), [*GPT2_RULES, Rule(type="Conv1D", scheme=INT8)], "rule 3 .* decides nothing")
     refused(gpt2(), [Rule(path="(", scheme=INT4)], r"rule 1: '\(' is not a regular expression")
-    odd = Scheme(weight=QuantSpec(qtype="int4", block=(1, 48)))
-    refused(gpt2(), [Rule(type="Conv1D", scheme=odd)], r"c_attn\.weight: .*nearest block that fits is \(1, 32\)")
     refused(gpt2(), [Rule(type="Conv1D")], "no parameter is quantized")
     two = [Rule(path=".*wte", scheme=INT8), Rule(path="lm_head", scheme=INT4)]
     refused(gpt2(), two, r"wte\.weight and lm_head\.weight are one tied tensor")
+
+
+def test_a_block_that_does_not_fit_is_refused_with_what_can_be_typed() -> None:
+    odd = Rule(type="Conv1D", scheme=Scheme(weight=QuantSpec(qtype="int4", block=(1, 48))))
+    with pytest.raises(UserError, match=r"c_attn\.weight: shape .* block \(1, 48\); give scheme=int4_channel for") as e:
+        audit(gpt2(), [odd])
+    path = re.search(r"path: '(.*)'\}", str(e.value))
+    assert path is not None
+    left = Rule(path=path[1])  # as the message says, first: the next layer's shape is named then
+    with pytest.raises(UserError, match=r"attn\.c_proj\.weight"):
+        audit(gpt2(), [left, odd])
+    with pytest.raises(UserError, match="give target=null scheme=int4_channel export=hf"):
+        audit(gpt2(), [odd], targets=["hf"], config=gpt2().config.to_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target", ["gguf", "hf"])
+def test_the_size_of_each_export_comes_true(target: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = GPT2LMHeadModel.from_pretrained(tiny_gpt2(tmp_path / "float"), dtype=dtype)
+    config = {**model.config.to_dict(), "architectures": ["GPT2LMHeadModel"]}
+    expected = audit(model, GPT2_RULES, targets=[target], config=config)
+    assert expected.float_nbytes == sum(p.nbytes for p in model.parameters())
+    tokenizer = {f.name: f.read_bytes() for f in (tmp_path / "float").glob("*token*")}
+    frozen = convert(prepare(model, GPT2_RULES), config=config, tokenizer=tokenizer)
+    folder = export(frozen, target, tmp_path / target)
+    if target == "gguf":
+        written = sum(int(t.n_bytes) for t in GGUFReader(folder / "model.gguf").tensors)
+    else:
+        written = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
+    assert expected.export_nbytes(target) == written
 
 
 def test_input_blocks_are_checked_before_any_forward_pass() -> None:

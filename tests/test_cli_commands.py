@@ -25,6 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("arguments", "message"),
     [
         (["generate", "--prompt", "import os " * 40], "more than the 32 positions"),
+        (["generate", "--prompt", ""], "--prompt is empty"),
         (["generate", "--prompt", "import os", "--tokens", "32"], "more than the 32 positions"),
         (["eval", "--block-size", "33", "--windows", "1"], "more than the 32 positions"),
         (["eval", "--windows", "0"], "--windows=0"),

@@ -91,6 +91,19 @@ def test_a_broken_recipe_file_is_named(
     assert "torn.yaml" in refused(capsys, "recipe=torn")
 
 
+def test_a_scheme_without_meaning_is_refused(
+    capsys: pytest.CaptureFixture[str], in_an_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = "{_target_: qat.scheme.QuantSpec, qtype: int9}"
+    scheme = f"{{_target_: qat.scheme.Scheme, weight: {weight}}}"
+    (in_an_empty_folder / "odd.yaml").write_text(
+        f"# Odd.\ndefaults:\n  - override /scheme: none\nscheme:\n  rules:\n"
+        f"    - {{_target_: qat.scheme.Rule, scheme: {scheme}}}\n"
+    )
+    monkeypatch.setattr(recipes, "RECIPES", in_an_empty_folder)
+    assert "error: scheme.rules[0].scheme.weight: qtype is 'int9'" in refused(capsys, "recipe=odd")
+
+
 def test_resume_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "resume=nowhere is no run folder" in refused(capsys, "resume=nowhere")
 
@@ -161,6 +174,15 @@ def test_hydra_flags_still_work(tmp_path: Path, flag: str, shown: str) -> None:
     done = call([*command()[:2], "recipe=pretrain_gpt2_mini", flag], tmp_path)
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
+
+
+def test_multirun_reports_every_job_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "--multirun", "recipe=pretrain_gpt2_mini", "data.block_size=-1,0", "data.batch_size=0")
+    lines = message.removeprefix("error: ").splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["job 0 (data.block_size=-1)", "job 1 (data.block_size=0)"]
+    assert all("is not possible; give a positive number" in line for line in lines)
+    message = refused(capsys, "-m", "recipe=pretrain_gpt2_mini", "seed=1,2", "run_dir=here")
+    assert message.count("run_dir is one folder, and --multirun needs one for each job") == 2
 
 
 def test_multirun_runs_each(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_nothing_stands_in_for_a_path_that_was_given(
     assert not run_dir.exists()
 
 
-def test_digits_run_as_integers(tmp_path: Path) -> None:
+def test_digits_run_as_integers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     assert entry.main(["recipe=digits_cnn_int8", f"run_dir={run_dir}", "trainer.max_steps=20"]) == 0
     onnx = report_of(run_dir)["exports"]["onnx"]
@@ -115,6 +115,23 @@ def test_digits_run_as_integers(tmp_path: Path) -> None:
     assert onnx["predictions_equal"] >= 0.999
     frozen = Frozen.load(run_dir / "frozen")
     assert all(i.static for i in frozen.inputs.values())
+
+    capsys.readouterr()
+    trained = report_of(run_dir)["stages"]["qat"]
+    for path, figures in ((run_dir, trained), (run_dir / "frozen", trained), (run_dir / "export" / "onnx", onnx)):
+        assert cli.main(["eval", str(path)]) == 0
+        said = capsys.readouterr().out
+        assert "359 images" in said
+        assert f"loss {figures['loss']:.6f} nats an image, accuracy {figures['accuracy']:.4f}" in said
+    alone = shutil.copytree(run_dir / "export" / "onnx", tmp_path / "alone")
+    for arguments, message in (
+        (["eval", str(alone)], "scored on the evaluation.safetensors of its run"),
+        (["eval", str(run_dir), "--data", "text.txt"], "--data is text"),
+        (["generate", str(run_dir), "--prompt", "a"], "is a classifier, which generates no text"),
+        (["generate", str(alone), "--prompt", "a"], "is a classifier, which generates no text"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_missing_runtime_is_refused_before_any_work(

@@ -57,6 +57,8 @@ def test_every_recipe_says_what_it_is_and_costs(name: str) -> None:
         ("optimizer.lr", "fast", "optimizer.lr='fast' does not fit: a number"),
         ("trainer.max_steps", 1.5, "trainer.max_steps=1.5 does not fit: a whole number"),
         ("seed", "x", "seed='x' does not fit"),
+        ("data.cache_dir", 3, "data.cache_dir=3 does not fit: text or nothing is expected"),
+        ("optimizer.betas", 0.9, "optimizer.betas=0.9 does not fit: a list is expected"),
         ("control", 1, "control=1 does not fit: true or false"),
         ("data.block_size", True, "data.block_size=True does not fit"),
         ("optimizer._target_", "qat.training.optim.Optimiser", "optimizer._target_"),
@@ -70,6 +72,15 @@ def test_a_typo_or_a_wrong_type_is_named(key: str, value: object, message: str) 
     node[last] = value
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         check(config, run)
+
+
+def test_each_choice_is_said_once() -> None:
+    config = compose("recipe=pretrain_gpt2_mini", "trainer.precision=foo")
+    with pytest.raises(UserError, match=r"trainer\.precision='foo' does not fit: one of 64, 32, 16, ") as error:
+        check(config, run)
+    words = str(error.value).replace(",", "").split()
+    for choice in ("32", "bf16", "bf16-mixed", "32-true", "nothing"):
+        assert words.count(choice) == 1
 
 
 def test_a_missing_key_is_named() -> None:

@@ -1,14 +1,17 @@
 """Damage that no manifest tells of: verify still finds it, from the tensors and the tokenizer themselves."""
 
+import contextlib
+import json
 import random
 from pathlib import Path
 
 import pytest
 from prepared_models import ALL, prepared
 
-from qat.errors import VerifyError
+from qat.errors import UserError, VerifyError
 from qat.exporters import export
 from qat.frozen import Frozen
+from qat.packed.load import load
 from qat.verification import verify
 
 
@@ -62,3 +65,35 @@ def test_any_flipped_bit_of_the_weights_is_caught(folder: Path, frozen_folder: P
 def test_another_tokenizer_is_caught(folder: Path, frozen_folder: Path) -> None:
     flip(folder / "tokenizer.json", 8 * 24)
     assert "tokenizer.json: not the tokenizer" in verify(folder, against=frozen_folder, runtime=False).differences[0]
+
+
+def test_any_key_of_the_configuration_with_a_damaged_name_is_caught(folder: Path, frozen_folder: Path) -> None:
+    file = folder / "config.json"
+    whole = file.read_text()
+    for key in Frozen.load(frozen_folder).config.keys() - {"_name_or_path"}:
+        file.write_text(whole.replace(f'"{key}":', f'"{key[:-1]}~":'))
+        differences = verify(folder, against=frozen_folder, runtime=False).differences
+        assert any(f"config {key} is missing" in d for d in differences), key
+    file.write_text(whole.replace('"tie_word_embeddings": true', '"tie_word_embeddings": 1.5'))
+    assert verify(folder, against=frozen_folder, runtime=False).differences
+
+
+def test_a_broken_configuration_is_one_message(folder: Path, frozen_folder: Path) -> None:
+    file = folder / "config.json"
+    text = file.read_text()
+    whole = json.loads(text)
+    parts = whole["quantization_config"]
+    damaged = ["", "3", "[]", "null", "{", json.dumps({**whole, "quantization_config": 3})]
+    damaged += [text[:length] for length in range(1, len(text), 997)]
+    used = parts.keys() - {"format"}
+    damaged += [json.dumps({**whole, "quantization_config": {**parts, key: 7}}) for key in used]
+    damaged += [
+        json.dumps({**whole, "quantization_config": {k: v for k, v in parts.items() if k != key}}) for key in used
+    ]
+    damaged += [json.dumps({**whole, key: {"a": []}}) for key in ("n_embd", "n_layer", "model_type", "vocab_size")]
+    for text in damaged:
+        file.write_text(text)
+        with contextlib.suppress(UserError, VerifyError):  # harmless, or one of these; nothing else
+            load(folder)
+        with pytest.raises((UserError, VerifyError)):
+            verify(folder, against=frozen_folder, runtime=False).raise_if_different()

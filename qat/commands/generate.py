@@ -1,6 +1,7 @@
 """qat generate: greedy or sampled text from a run, a frozen folder, a Hugging Face folder or a GGUF file."""
 
 import argparse
+import json
 from pathlib import Path
 
 
@@ -15,41 +16,37 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """GGUF files run in llama.cpp, the rest from packed integers in torch."""
+    from qat.commands.evaluate import classifies
     from qat.errors import UserError
     from qat.exporters import identify, target_module
     from qat.runtimes import run as run_in
 
     if args.temperature < 0:
         raise UserError(f"--temperature {args.temperature}: give 0 (the likeliest token) or more")
+    if not args.prompt:
+        raise UserError("--prompt is empty: give at least one character")
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: give 1 or more")
-    if not (args.path / "frozen").is_dir():
-        target, _ = identify(args.path)
-        runtime = "" if target in ("frozen", "hf") else target_module(target).RUNTIME
-        if runtime == "llama_cpp":
-            request = {
-                "prompt": args.prompt,
-                "n_predict": args.tokens,
-                "temperature": args.temperature,
-                "seed": args.seed,
-            }
-            import json
-
-            print(args.prompt + run_in(runtime, args.path, complete=json.dumps(request))["complete"])
-            return
-        if runtime:
-            raise UserError(f"{args.path} is a {target} export, which has no text generation here")
+    target = "frozen" if (args.path / "frozen").is_dir() else identify(args.path)[0]
+    if classifies(args.path, target):
+        raise UserError(f"{args.path} is a classifier, which generates no text; score it with: qat eval {args.path}")
+    if target not in ("frozen", "hf"):
+        request = {"prompt": args.prompt, "n_predict": args.tokens, "temperature": args.temperature, "seed": args.seed}
+        print(args.prompt + run_in(target_module(target).RUNTIME, args.path, complete=json.dumps(request))["complete"])
+        return
     import torch
+    from transformers.utils import logging
 
     from qat.models.positions import refuse_longer
     from qat.models.tokenizer import load_tokenizer
     from qat.packed.load import load
 
+    logging.disable_progress_bar()  # of loading the weights
     tokenizer = load_tokenizer(args.path)
     model = load(args.path)
     ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if ids.shape[1] == 0:
-        raise UserError("--prompt is empty: give at least one character")
+        raise UserError("--prompt holds no token of this model: give other text")
     refuse_longer("--prompt and --tokens", ids.shape[1] + args.tokens, model.config.to_dict())
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}

@@ -17,13 +17,17 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises VerifyError naming the first tensor that differs."""
+    from rich.console import Console
+
     from qat.files import atomic_write
+    from qat.stages import bar
     from qat.verification import verify, verify_run
 
-    if (args.path / "frozen").is_dir():
-        verdicts = verify_run(args.path)
-    else:
-        verdicts = {args.path.name: verify(args.path, against=args.against, runtime=not args.no_runtime)}
+    with bar(f"verify {args.path}", Console(stderr=True)) as shown, shown.follow():
+        if (args.path / "frozen").is_dir():
+            verdicts = verify_run(args.path)
+        else:
+            verdicts = {args.path.name: verify(args.path, against=args.against, runtime=not args.no_runtime)}
     for name, verdict in verdicts.items():
         print(f"{name} ({verdict.target})")
         print("\n".join(verdict.lines()))

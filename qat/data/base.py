@@ -50,6 +50,7 @@ class TokenData(pl.LightningDataModule, ABC):
         at_least("data.workers", workers, 0)
         self.block_size, self.batch_size, self.seed, self.workers = block_size, batch_size, seed, workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else CACHE
+        self.name = type(self).__name__  # what the report and the model card call the data
         self.tokenizer: Any = None
         self._windows: dict[str, Dataset] = {}
 
@@ -66,7 +67,7 @@ class TokenData(pl.LightningDataModule, ABC):
     def describe(self) -> dict[str, Any]:
         """What the report says about the data: name, windows and tokens of every split used so far."""
         used = {split: {"windows": len(w), "tokens": len(w) * self.block_size} for split, w in self._windows.items()}
-        return {"name": type(self).__name__, "block_size": self.block_size, "splits": used}
+        return {"name": self.name, "block_size": self.block_size, "splits": used}
 
     def reach(self) -> Fallback | None:
         """Find the data if it is elsewhere; the stand-in to use if it is out of reach. Quick. Raises UserError."""

@@ -10,7 +10,6 @@ from datasets import Dataset
 from qat import hub
 from qat.data import chat, published
 from qat.data.base import Split, TokenData
-from qat.data.readers import find
 from qat.data.split import split
 from qat.data.store import Stored, store
 from qat.errors import UserError
@@ -51,6 +50,9 @@ class CustomData(TokenData):
         self.path, self.validation_path, self.config = path, validation_path, config
         self.column, self.skip = text_column, on_bad_row == "skip"
         self.offline, self.explicit = offline, explicit
+        local = Path(path).expanduser()
+        # not where a file lies: a published model card would tell it
+        self.name = local.resolve().name if local.exists() else " ".join(filter(None, [path, config]))
         self._files: dict[str, list[Path]] = {}
         self._parts: dict[str, Dataset] = {}
         self._reports: dict[str, dict[str, Any]] = {}
@@ -76,7 +78,6 @@ class CustomData(TokenData):
                 explicit=self.explicit,
                 reason=str(e),
                 key="data",
-                remedy=published.REMEDY,
             )
         return None
 
@@ -187,10 +188,8 @@ class CustomData(TokenData):
 
 def _splits(path: str, config: str | None, key: str) -> dict[str, list[Path]]:
     """Files by split: {"train": ...} for what is on disk."""
-    local = Path(path).expanduser()
-    if local.exists() or not hub.is_id(path) or local.suffix.lower() in published.SUFFIXES:
-        return {"train": find(local, key)}
-    return published.fetch(path, config, key)
+    local = published.local(path, key)
+    return published.fetch(path, config, key) if local is None else {"train": local}
 
 
 def _named(rows: Dataset, fingerprint: str) -> Dataset:

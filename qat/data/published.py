@@ -11,11 +11,14 @@ from qat.errors import UserError
 
 STAND_IN = "stdlib"
 SUFFIXES = tuple(READERS)
-REMEDY = (
-    "Add data=stdlib for the embedded corpus, or data=custom data.path=FILE for your own; "
-    "`python train.py recipe=quickstart` needs no network at all"
-)
 WORDS = {"test": "test|testing", "validation": "validation|valid|val|dev|eval", "train": "train|training"}
+
+
+def local(path: str, key: str) -> list[Path] | None:
+    """The files of a `path` on disk, None for a hub id. Raises UserError for what is neither, or cannot be read."""
+    there = Path(path).expanduser()
+    on_disk = there.exists() or not hub.is_id(path) or there.suffix.lower() in SUFFIXES
+    return find(there, key) if on_disk else None
 
 
 def fetch(repo: str, config: str | None, key: str) -> dict[str, list[Path]]:
@@ -23,7 +26,6 @@ def fetch(repo: str, config: str | None, key: str) -> dict[str, list[Path]]:
 
     Raises hub.Unreachable and UserError (see hub.fetch), UserError also for a configuration or format it lacks.
     """
-
     cards: dict[str, Any] = {}
 
     def choose(names: list[str], card: dict[str, Any]) -> list[str]:
@@ -33,6 +35,15 @@ def fetch(repo: str, config: str | None, key: str) -> dict[str, list[Path]]:
     folder, wanted = hub.fetch(repo, "dataset", key, choose)
     splits = _splits(repo, wanted, cards, config)
     return {split: [file for name in names for file in find(folder / name, key)] for split, names in splits.items()}
+
+
+def away(repo: str, config: str | None, key: str) -> str | None:
+    """Why `fetch` would raise hub.Unreachable; None if it would not. Downloads nothing. Raises its UserErrors."""
+
+    def choose(names: list[str], card: dict[str, Any]) -> list[str]:
+        return [name for files in _splits(repo, names, card, config).values() for name in files]
+
+    return hub.away(repo, "dataset", key, choose)
 
 
 def _splits(repo: str, names: list[str], card: dict[str, Any], config: str | None) -> dict[str, list[str]]:

@@ -27,6 +27,7 @@ class StdlibData(TokenData):
         super().__init__(**options)
         self.embedded = root is None
         self.root = Path(root).expanduser() if root else Path(sysconfig.get_path("stdlib"))
+        self.name = "stdlib" if self.embedded else self.root.resolve().name
         self.corpus_hash = ""
 
     def rows(self, split: Split) -> Dataset:

@@ -1,7 +1,8 @@
-"""Export targets, one file each: `refuse`, `export`, `read` and the RUNTIME that must run the result.
+"""Export targets, one file each: `refuse`, `stored_dtype`, `export`, `read` and the RUNTIME that must run the result.
 
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
-one file with those four names, and a YAML in configs/target.
+one file with those five names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text` and
+`refuse_input` are for targets that have something to say there.
 """
 
 from importlib import import_module
@@ -40,6 +41,14 @@ def refuse_tokenizers(names: list[str], files: dict[str, bytes], config: dict[st
     for name in names:
         refuse = getattr(target_module(name), "refuse_tokenizer", None)
         if refuse is not None and files and (why := refuse(files, config)):
+            raise UserError(f"export to {name}: {why}")
+
+
+def refuse_texts(names: list[str], tokens: int, config: dict[str, Any]) -> None:
+    """Raises UserError if a target's runtime cannot compute texts of so many tokens as the model does."""
+    for name in names:
+        refuse = getattr(target_module(name), "refuse_text", None)
+        if refuse is not None and (why := refuse(tokens, config)):
             raise UserError(f"export to {name}: {why}")
 
 

@@ -26,6 +26,7 @@ from qat.exporters.gguf_models import (
     names,
     read_config,
     refuse_model,
+    refuse_text,
     row_order,
     write_metadata,
 )
@@ -34,7 +35,19 @@ from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec
 
 RUNTIME = "llama_cpp"
-__all__ = ["FILE", "RUNTIME", "export", "known_difference", "missing_runtime", "read", "refuse", "refuse_tokenizer"]
+__all__ = [
+    "FILE",
+    "RUNTIME",
+    "export",
+    "known_difference",
+    "missing_runtime",
+    "read",
+    "refuse",
+    "refuse_input",
+    "refuse_text",
+    "refuse_tokenizer",
+    "stored_dtype",
+]
 
 FILE = "model.gguf"
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
@@ -58,6 +71,11 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     if len(shape) != 2 or name == "transformer.wpe.weight":
         return f"llama.cpp keeps {name} in floating point; leave it out of the rules"
     return refuse_grid(spec)
+
+
+def refuse_input(spec: QuantSpec, static: bool) -> str | None:
+    """llama.cpp rounds activations in its own way, so no quantized input can be kept."""
+    return "llama.cpp does not compute with quantized inputs as trained; leave `input` out of the scheme"
 
 
 def _name(config: dict[str, Any]) -> str:
@@ -84,10 +102,13 @@ def _file_type(frozen: Frozen) -> LlamaFileType:
     return LlamaFileType["MOSTLY_Q4_K_S" if most == "Q4_K" else f"MOSTLY_{most}"]
 
 
-def _float_array(name: str, value: Tensor) -> np.ndarray:
+def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
     """float16 matrices stay float16 (llama.cpp then computes in it); everything else is float32, which is exact."""
-    keep = value.dtype == torch.float16 and value.ndim == 2 and name != "transformer.wpe.weight"
-    value = value.detach() if keep else value.detach().float()
+    return dtype if dtype == torch.float16 and len(shape) == 2 and name != "transformer.wpe.weight" else torch.float32
+
+
+def _float_array(name: str, value: Tensor) -> np.ndarray:
+    value = value.detach().to(stored_dtype(name, tuple(value.shape), value.dtype))
     return (value.t() if name.endswith(_CONV1D) else value).contiguous().numpy()
 
 

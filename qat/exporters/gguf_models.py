@@ -109,6 +109,17 @@ def refuse_model(config: Config) -> str | None:
     return None
 
 
+def refuse_text(tokens: int, config: Config) -> str | None:
+    """Why llama.cpp cannot score texts of so many tokens as trained; None if it can."""
+    window = config.get("sliding_window")
+    if not window or tokens <= window:
+        return None
+    return (
+        f"llama.cpp computes this model without its sliding window of {window} tokens, so texts must stay inside it; "
+        f"give data.block_size={window} or less"
+    )
+
+
 def _rope(config: Config) -> dict[str, Any]:
     """transformers 5 keeps everything in rope_parameters; older configs have rope_theta and rope_scaling."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0)}

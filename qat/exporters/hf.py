@@ -5,6 +5,8 @@ Where plain transformers reads it exactly (see compressed_tensors.py) `quant_met
 """
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec
 
 RUNTIME = "transformers_folder"
+WHOLE_CONFIG = True  # config.json keeps every key of the frozen model's
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 _OURS = {"config.json", INDEX, "manifest.json", "README.md"}
@@ -34,6 +37,11 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     if spec is not None and matrix(kind, shape)[1] == 1:
         return "a layer with one input packs into the shape of its float weight; leave it out of the rules"
     return None
+
+
+def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an unquantized parameter in the folder: its own."""
+    return dtype
 
 
 def export(frozen: Frozen, path: Path) -> None:
@@ -80,7 +88,8 @@ def packed_tensors(frozen: Frozen, plain: bool) -> dict[str, Tensor]:
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder. Raises UserError if there are none, VerifyError if one of them is missing."""
     if (path / INDEX).is_file():
-        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        with _understood(path / INDEX):
+            names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     elif (path / WEIGHTS).is_file():
         names = [WEIGHTS]
     else:
@@ -100,10 +109,15 @@ def quantization(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{path / 'config.json'} is missing or not valid JSON ({e})") from e
-    found = config.pop("quantization_config", None) or {}
+    with _understood(path / "config.json"):
+        found = config.pop("quantization_config", None) or {}
+        return config, _described(path, found)
+
+
+def _described(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     method = found.get("quant_method")
     if method == "qat":
-        return config, found
+        return found
     if method != compressed_tensors.METHOD:
         said = f"its quant_method is {method!r}" if method else "it is not quantized"
         raise UserError(f"{path}: {said}; only quant_method 'qat' and 'compressed-tensors' can be read here")
@@ -116,7 +130,20 @@ def quantization(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                     shapes[key.removesuffix("_shape")] = f.get_tensor(key).tolist()
                 elif key.endswith(".weight_scale"):
                     scales[key.removesuffix("_scale")] = f.get_slice(key)[:0].dtype
-    return config, compressed_tensors.translate(found, shapes, scales)
+    return compressed_tensors.translate(found, shapes, scales)
+
+
+@contextmanager
+def _understood(file: Path) -> Generator[None]:
+    """What goes wrong in here is the file's fault: VerifyError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise VerifyError(f"{file} is damaged: it does not describe the folder's tensors ({_said(e)})") from e
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
 def our_name(name: str) -> str | None:
@@ -142,16 +169,17 @@ def read(path: Path) -> Frozen:
                         tensors[name] = f.get_tensor(key)
         except (SafetensorError, OSError) as e:
             raise VerifyError(f"{file} cannot be read: {e}") from e
-    specs = [QuantSpec.from_dict(s) for s in described["specs"]]
-    weights = {}
-    for name, entry in described["weights"].items():
-        try:
-            weights[name] = decode(name, tensors, entry, specs[entry["spec"]])
-        except (KeyError, ValueError, RuntimeError) as e:
-            raise VerifyError(f"{path}: {name} cannot be decoded ({e})") from e
-    inputs = {}
-    for module, entry in described["inputs"].items():
-        scale, offset = (tensors.pop(f"{module}.input_{part}", None) for part in ("scale", "offset"))
-        inputs[module] = FrozenInput(specs[entry["spec"]], entry["static"], scale, offset)
+    weights, inputs = {}, {}
+    with _understood(path / "config.json"):
+        specs = [QuantSpec.from_dict(s) for s in described["specs"]]
+        for name, entry in described["weights"].items():
+            try:
+                weights[name] = decode(name, tensors, entry, specs[entry["spec"]])
+            except (KeyError, ValueError, RuntimeError) as e:
+                raise VerifyError(f"{path}: {name} cannot be decoded ({e})") from e
+        for module, entry in described["inputs"].items():
+            scale, offset = (tensors.pop(f"{module}.input_{part}", None) for part in ("scale", "offset"))
+            inputs[module] = FrozenInput(specs[entry["spec"]], entry["static"], scale, offset)
+        ties: dict[str, str] = dict(described["ties"])
     files = [f for f in sorted(path.iterdir()) if f.is_file() and f.name not in _OURS and f.suffix != ".safetensors"]
-    return Frozen(weights, tensors, inputs, described["ties"], config, {f.name: f.read_bytes() for f in files})
+    return Frozen(weights, tensors, inputs, ties, config, {f.name: f.read_bytes() for f in files})

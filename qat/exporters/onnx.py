@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
 from qat.errors import UserError
 from qat.exporters.onnx_graph import COMMUTING, Graph, Layer
@@ -48,6 +49,11 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     return None
 
 
+def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an unquantized parameter in the file (biases: int32, as wide)."""
+    return torch.float32
+
+
 def export(frozen: Frozen, path: Path) -> None:
     """Write path/model.onnx. Input "x": float32 [N, *config["input_shape"]]; output "logits".
 
@@ -55,7 +61,7 @@ def export(frozen: Frozen, path: Path) -> None:
     """
     layers: list[Layer] = frozen.config["layers"]
     for name, given in frozen.inputs.items():
-        if why := _refuse_input(given):
+        if why := refuse_input(given.spec, given.static):
             raise UserError(f"export to onnx: the input of {name}: {why}")
     graph = Graph(frozen)
     x = graph.quantize("x", _coming(frozen, layers))
@@ -91,9 +97,9 @@ def _relu_is_clipping(coming: tuple[str, FrozenInput] | None) -> bool:
     return int(coming[1].offset) == coming[1].spec.type.qmin
 
 
-def _refuse_input(given: FrozenInput) -> str | None:
-    spec = given.spec
-    if not given.static:
+def refuse_input(spec: QuantSpec, static: bool) -> str | None:
+    """Why the input of a layer cannot be on this grid, and what to do; None if it can."""
+    if not static:
         return "it is quantized dynamically; use static: true (scheme=int8_static)"
     if spec.type.bits != 8 or spec.offset not in (None, "zero_point"):
         return f"QuantizeLinear takes int8 or uint8 with a zero point or none, not {spec.label()}"

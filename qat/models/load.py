@@ -20,10 +20,6 @@ EMBEDDED_CONTEXT = 256  # tokens it was trained on; its later positions are untr
 ASSETS = Path(__file__).parents[1] / "assets" / EMBEDDED
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # of what a model needs besides weights
-REMEDY = (
-    "Add model=gpt2_mini for the embedded model, or model.path=FOLDER for one on disk; "
-    "`python train.py recipe=quickstart` needs no network at all"
-)
 
 
 class Loaded(NamedTuple):
@@ -80,11 +76,8 @@ def load(
         if name != EMBEDDED:
             raise UserError(f"model={name} needs model.path: a Hugging Face folder or a hub id")
         return Loaded(*_embedded(options), EMBEDDED, None)
-    folder = Path(path).expanduser()
-    if folder.exists():
+    if (folder := local(path)) is not None:
         return Loaded(*_read(folder, str(folder), options), str(folder), None)
-    if not hub.is_id(path):
-        raise UserError(f"model.path={path}: there is no such folder")
 
     def choose(names: list[str], card: dict[str, Any]) -> list[str]:
         return _choose(path, names, trust_remote_code)
@@ -92,11 +85,34 @@ def load(
     try:
         folder, _ = hub.fetch(path, "model", "model.path", choose)
     except hub.Unreachable as e:
-        fallback = hub.stand_in(
-            path, used=EMBEDDED, offline=offline, explicit=explicit, reason=str(e), key="model", remedy=REMEDY
-        )
+        fallback = hub.stand_in(path, used=EMBEDDED, offline=offline, explicit=explicit, reason=str(e), key="model")
         return Loaded(*_embedded(options), EMBEDDED, fallback)
     return Loaded(*_read(folder, path, options), f"{path}@{folder.name}", None)
+
+
+def local(path: str) -> Path | None:
+    """The folder of a `path` on disk, None for a hub id. Raises UserError for what is neither."""
+    folder = Path(path).expanduser()
+    if not folder.exists() and not hub.is_id(path):
+        raise UserError(f"model.path={path}: there is no such folder")
+    return folder if folder.exists() else None
+
+
+def away(repo: str, trust_remote_code: bool) -> str | None:
+    """Why the model cannot be had from the hub or its cache; None if it can. Downloads nothing. Raises UserError."""
+    return hub.away(repo, "model", "model.path", lambda names, card: _choose(repo, names, trust_remote_code))
+
+
+def refuse_folder(folder: Path, label: str) -> dict[str, Any]:
+    """config.json of a folder with weights to train. Raises UserError; needs no import of transformers or torch."""
+    if not folder.is_dir():
+        raise UserError(f"{label} is a file; model.path needs the folder around it")
+    config = _json(folder / "config.json", label)
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method", "unknown method")
+        raise UserError(f"{label} is already quantized ({method}); training needs the float model it was made from")
+    _refuse_weights(folder, label)
+    return config
 
 
 def _embedded(options: dict[str, Any]) -> tuple[Any, Any]:
@@ -117,8 +133,8 @@ def _choose(repo: str, names: list[str], trust_remote_code: bool) -> list[str]:
     raise UserError(f"{repo} holds no weights that transformers loads (model.safetensors, or its shards)")
 
 
-def _weights(folder: Path, label: str) -> list[Path]:
-    """The weight files of a folder, all of them there and each a whole file."""
+def _refuse_weights(folder: Path, label: str) -> None:
+    """Raise UserError unless the weight files of a folder are all there, each a whole file."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -132,13 +148,13 @@ def _weights(folder: Path, label: str) -> list[Path]:
                 raise UserError(f"{label} lacks {file.name}, which its index lists; copy or download the folder again")
             if file.suffix == ".safetensors":
                 try:
-                    with safe_open(file, "pt"):
+                    with safe_open(file, "np"):
                         pass
                 except SafetensorError as e:
                     raise UserError(
                         f"{label}: {file.name} is damaged or cut short ({e}); copy or download it again"
                     ) from e
-        return files
+        return
     raise UserError(f"{label} holds no weights: model.safetensors (or its shards and index) is missing")
 
 
@@ -153,17 +169,11 @@ def _read(folder: Path, label: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """Model and tokenizer of a complete folder, nothing in them invented."""
     from transformers import CONFIG_MAPPING
 
-    if not folder.is_dir():
-        raise UserError(f"{label} is a file; model.path needs the folder around it")
-    config = _json(folder / "config.json", label)
-    if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown method")
-        raise UserError(f"{label} is already quantized ({method}); training needs the float model it was made from")
+    config = refuse_folder(folder, label)
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING and not options["trust_remote_code"]:
         raise UserError(
             f"{label} runs its own Python code; read it, then add model.trust_remote_code=true if you trust it"
         )
-    _weights(folder, label)
     tokenizer = read_tokenizer(folder, label, options["trust_remote_code"])
     model = _model(folder, label, config, options)
     rows = model.get_input_embeddings().weight.shape[0]

@@ -34,7 +34,13 @@ def load(path: Path | str | Frozen, *, kernel: str = "exact", dtype: torch.dtype
     if not dtype.is_floating_point:
         raise UserError(f"dtype is {dtype}; it must be a floating-point dtype: the weights stay packed integers anyway")
     with _source(path) as (config, described, tensors, folder):
-        model = _build(config, described, tensors, folder, dtype)
+        try:
+            model = _build(config, described, tensors, folder, dtype)
+        except Exception as e:  # transformers and its validators have many kinds
+            if folder is None or isinstance(e, UserError | VerifyError):
+                raise
+            why = f"{type(e).__name__}: {e}".splitlines()[0]
+            raise VerifyError(f"transformers cannot build the model of {folder / 'config.json'} ({why})") from e
     if kernel == "fast":
         from qat.packed.fast import speed_up
 

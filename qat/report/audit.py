@@ -1,16 +1,17 @@
 """The audit on the terminal: every parameter as quantized or left and why, repeated layers as one line."""
 
-import os
 import re
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from qat.auditing import Audit, Row
+from qat.budget import size
 
 
-def print_audit(audited: Audit, console: Console, *, training: bool) -> str:
-    """Print the table; returns the one-line summary: coverage, expected bytes, memory needed and there."""
+def print_audit(audited: Audit, console: Console, *, exports: Sequence[str]) -> str:
+    """Print the table; returns the one-line summary: coverage, and the bytes to expect in memory and in each export."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column, justify in (("parameter", "left"), ("×", "right"), ("grid", "left"), ("why", "left")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -19,10 +20,9 @@ def print_audit(audited: Audit, console: Console, *, training: bool) -> str:
     console.print(table)
     quantized = sum(r.numel for r in audited.rows if r.spec)
     share = quantized / max(1, sum(r.numel for r in audited.rows))
-    text = f"{share:.1%} of the weights quantized; {_size(audited.float_nbytes)} of float32 -> {_size(audited.nbytes)}"
-    if training:
-        text += f"; training needs {_size(audited.training_nbytes())} plus activations, {_size(_available())} are free"
-    return text
+    text = f"{share:.1%} of the weights quantized; {size(audited.float_nbytes)} become {size(audited.nbytes)}"
+    files = ", ".join(f"{target} {size(audited.export_nbytes(target))}" for target in exports)
+    return f"{text}; files without tokenizer and header: {files}" if files else text
 
 
 def _grouped(rows: list[Row]) -> dict[tuple[str, str, str], int]:
@@ -33,16 +33,3 @@ def _grouped(rows: list[Row]) -> dict[tuple[str, str, str], int]:
         key = (name, row.spec.label() if row.spec else "", re.sub(r"\.\d+\.", ".*.", row.reason))
         out[key] = out.get(key, 0) + 1
     return out
-
-
-def _available() -> int:
-    """Free memory in bytes of this machine's RAM."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _size(n: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:.1f} TB"

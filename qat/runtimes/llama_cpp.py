@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.progress import told
 from qat.runtimes import main
 
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see loopback requests
@@ -208,13 +209,13 @@ def score(path: Path, ids: Tensor) -> Tensor:
     Raises UserError if llama.cpp is not installed, VerifyError if it cannot load the file.
     """
     with _serve(path, ids.shape[1] + 8) as server:
-        return torch.stack([server.score(row) for row in ids.tolist()])
+        return torch.stack([server.score(row) for row in told(ids.tolist())])
 
 
 def logprobs(path: Path, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities over the whole vocabulary after each prompt: float32 [n, V], nats. Raises as `score` does."""
     with _serve(path, max(len(p) for p in prompts) + 8) as server:
-        return torch.stack([server.full(prompt) for prompt in prompts])
+        return torch.stack([server.full(prompt) for prompt in told(prompts)])
 
 
 def tokenize(path: Path, lines: list[str]) -> list[list[int]]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.progress import told
 from qat.runtimes import main
 
 FILE = "model.onnx"
@@ -36,7 +37,7 @@ def predict(path: Path, x: Tensor) -> Tensor:
     """Logits float32 [n, C] for float32 inputs [n, ...], in batches of 256."""
     session = _session(path)
     name = session.get_inputs()[0].name
-    return torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in x.split(256)])
+    return torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in told(x.split(256))])
 
 
 def operators(path: Path, _: object = None) -> list[str]:

@@ -2,7 +2,8 @@
 
 A folder that plain transformers can read must be run without our package in the process, and whoever imports anything
 under `qat` has imported `qat`; so this file imports nothing of it and is started by its path. Each line of standard
-input is a JSON object: a function's name, its argument and the file for its answer; each is answered by a line "done".
+input is a JSON object: a function's name, its argument and the file for its answer; each is answered by lines
+"progress DONE TOTAL" while it works and a line "done".
 """
 
 import json
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def score(model: Any, ids: Tensor) -> Tensor:
     """log p(ids[:, t+1] | ids[:, :t+1]) in nats, float32 [n, T-1]."""
     out = []
-    for rows in ids.split(max(1, 2048 // ids.shape[1])):
+    parts = ids.split(max(1, 2048 // ids.shape[1]))
+    for done, rows in enumerate(parts):
+        print(f"progress {done} {len(parts)}", flush=True)
         logp = model(rows).logits[:, :-1].float().log_softmax(-1)
         out.append(logp.gather(-1, rows[:, 1:, None]).squeeze(-1))
     return torch.cat(out)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.progress import tell
 from qat.runtimes import main
 
 SCRIPT = Path(__file__).with_name("plain_transformers.py")
@@ -60,7 +61,8 @@ class _Process:
         try:
             print(json.dumps({"call": call, "argument": argument, "answer": str(answer)}), file=self.child.stdin)
             self.child.stdin.flush()
-            said = self.child.stdout.readline()
+            while (said := self.child.stdout.readline()).startswith("progress "):
+                tell(*map(int, said.split()[1:]))
         except BrokenPipeError:
             said = ""
         if said.strip() == "done":

@@ -53,6 +53,7 @@ def test_windows_are_the_tokens_of_the_rows_each_with_an_end_of_text(tmp_path):
     everything = [row for name in ("train", "validation", "test") for row in made.rows(name)["text"]]
     assert sorted(everything) == sorted(sentences(200))
     # The leftover of a split is less than a window and is dropped.
+    assert made.describe()["name"] == made.path.rpartition("/")[2]
     assert made.describe()["read"]["train"] == {"rows": 200, "empty_rows": 0, "bad_rows": 0, "first_bad_rows": []}
 
 

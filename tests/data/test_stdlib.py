@@ -62,6 +62,7 @@ def test_hash_and_fingerprint_follow_the_content(library: Path) -> None:
 def test_the_running_interpreters_library_is_the_default() -> None:
     root = Path(sysconfig.get_path("stdlib"))
     assert StdlibData(block_size=8, batch_size=1).root == root
+    assert StdlibData(block_size=8, batch_size=1).describe()["name"] == "stdlib"
     names = {name for name, _ in files(root)}
     assert {"ast.py", "json/decoder.py"} <= names
     assert not any("test" in name.split("/")[:-1] for name in names)

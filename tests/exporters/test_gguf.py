@@ -16,6 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qat.errors import UserError, VerifyError
+from qat.exporters import refuse_texts
 from qat.exporters.gguf import export, read, refuse
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec
@@ -218,6 +219,16 @@ def test_refused_grids(spec: QuantSpec | None, reason: str | None) -> None:
 )
 def test_refused_models(name: str, config: dict[str, Any], reason: str) -> None:
     assert reason in str(refuse(name, "", (64, 64), INT4, config))
+
+
+def test_texts_beyond_a_sliding_window_are_refused() -> None:
+    """Before training: llama.cpp would attend to all of them, and its context ends there."""
+    windowed = tiny("mistral", sliding_window=16).config.to_dict()
+    refuse_texts(["hf", "gguf"], 16, windowed)
+    refuse_texts(["hf"], 17, windowed)
+    refuse_texts(["gguf"], 17, tiny("mistral", sliding_window=None).config.to_dict())
+    with pytest.raises(UserError, match=r"export to gguf: .* window of 16 tokens.*give data\.block_size=16 or less"):
+        refuse_texts(["hf", "gguf"], 17, windowed)
 
 
 def test_export_refuses_what_refuse_refuses(tmp_path: Path) -> None:

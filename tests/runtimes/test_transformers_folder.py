@@ -10,6 +10,7 @@ from tiny_models import tiny_tokenizer
 
 from qat.errors import UserError, VerifyError
 from qat.exporters import export
+from qat.progress import follow
 from qat.runtimes import run, transformers_folder
 
 
@@ -22,7 +23,10 @@ def test_scores_are_those_of_the_trained_model(kind: str, rules: list, method: s
     path = export(dataclasses.replace(frozen, tokenizer=files), "hf", tmp_path / "out")
     assert transformers_folder.method(path) == method
     lines = ["the quick brown fox", "", "naïve"]
-    got = run("transformers_folder", path, score=IDS, logprobs=[[3, 4], [5, 6, 7]], tokenize=lines, version="")
+    seen: list[tuple[int, int]] = []
+    with follow(lambda done, total: seen.append((done, total))):
+        got = run("transformers_folder", path, score=IDS, logprobs=[[3, 4], [5, 6, 7]], tokenize=lines, version="")
+    assert seen == [(0, 1)]  # told by the process behind the runtime's own
     with torch.no_grad():
         want = model(IDS).logits.log_softmax(-1)
     assert torch.equal(got["score"], want[:, :-1].gather(-1, IDS[:, 1:, None]).squeeze(-1))
