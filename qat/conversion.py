@@ -35,7 +35,8 @@ def prepare(
 
     Call it before the optimiser is made and before a checkpoint is loaded: learned scales are parameters. Weights
     keep their names and their identity. weight(spec, tensor (out, in)) makes the weight quantizers; observer() the
-    ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`). Raises UserError as `audit` does, or if the model is prepared already.
+    ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`). Raises UserError
+    as `audit` does, or if the model is prepared already.
     """
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UserError("this model is prepared already; prepare a float model, once")

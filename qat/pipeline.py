@@ -35,7 +35,6 @@ from qat.report.audit import print_audit
 from qat.report.html import write_html
 from qat.report.schema import Report, Stage, recovered, write_report
 from qat.report.table import next_commands, result_table
-from qat.scheme import Rule
 from qat.shipping import ship, tokenizer_files
 from qat.stages import Stages
 from qat.training.fit import Checkpointing, Evaluation, Fitted, fit
@@ -67,7 +66,7 @@ def run(
     logger: Sequence[Callable[..., Logger]],
     evaluation: Evaluation,
     checkpoint: Checkpointing,
-    scheme: dict[str, list[Rule]],
+    scheme: dict[str, Any],
     quantizer: WeightQuantizer,
     observer: Callable[[], Observer],
     calibration_batches: int,
@@ -94,6 +93,8 @@ def run(
     pl.seed_everything(seed, verbose=False)
     progress = Stages()
     rules = scheme["rules"]
+    if unknown := set(scheme) - {"rules", "gelu"}:
+        raise UserError(f"there is no key scheme.{unknown.pop()}; known here: rules, gelu")
     refuse_missing_runtimes(export)
     if export and not rules:
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
@@ -183,7 +184,7 @@ def run(
         if control:
             pl.seed_everything(seed, verbose=False)  # as before the first load, whose weights may be random
             loaded = model.load(data)  # training changed the weights: start again from the same ones
-        net = prepare(loaded.model, rules, weight=quantizer, observer=observer).to(device)
+        net = prepare(loaded.model, rules, weight=quantizer, observer=observer, gelu=scheme.get("gelu")).to(device)
         with progress("calibrate") as outcome:
             batches = list(itertools.islice(data.train_dataloader(), calibration_batches))
             calibrate(net, batches, partial(_forward, device), outcome.track)

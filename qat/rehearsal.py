@@ -66,7 +66,7 @@ def _refuse_input(
         return
     for target in targets:
         refuse = getattr(import_module(f"qat.exporters.{target}"), "refuse_input", None)
-        if refuse is not None and (why := refuse(scheme.input, scheme.static)):
+        if refuse is not None and (why := refuse(row.spec, scheme.input, scheme.static)):
             raise UserError(f"export to {target}: the input of {row.module}: {why}")
     if scheme.static:
         observer()

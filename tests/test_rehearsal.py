@@ -77,7 +77,7 @@ def test_a_weight_whose_scale_overflows_is_named() -> None:
 def test_inputs_that_a_target_cannot_hold() -> None:
     dynamic = [Rule(scheme=Scheme(weight=STATIC.weight, input=QuantSpec(qtype="int8", block=(-1, -1))))]
     assert "export to onnx: the input of 0: it is quantized dynamically" in refusal(cnn(), dynamic, targets=["onnx"])
-    assert "llama.cpp does not compute with quantized inputs" in refusal(cnn(), dynamic, targets=["gguf"])
+    assert "llama.cpp multiplies float weights with float inputs" in refusal(cnn(), dynamic, targets=["gguf"])
     assert refusal(cnn(), dynamic, targets=["hf"]) == ""
     assert refusal(cnn(), STATIC_RULES, targets=["onnx"]) == ""
 

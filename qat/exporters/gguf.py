@@ -73,9 +73,17 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     return refuse_grid(spec)
 
 
-def refuse_input(spec: QuantSpec, static: bool) -> str | None:
-    """llama.cpp rounds activations in its own way, so no quantized input can be kept."""
-    return "llama.cpp does not compute with quantized inputs as trained; leave `input` out of the scheme"
+def refuse_input(weight: QuantSpec | None, spec: QuantSpec, static: bool) -> str | None:
+    """Why llama.cpp does not quantize this input of a layer with that weight so, and what to do; None if it does."""
+    held = None if weight is None else block_type(weight)
+    if held is None:
+        return "llama.cpp multiplies float weights with float inputs; leave `input` out of the scheme"
+    if static or spec != held.inputs:
+        return (
+            f"llama.cpp quantizes inputs of {held.ggml.name} weights in its own way; take the input of scheme="
+            f"llama_{held.ggml.name.lower()}, or leave `input` out"
+        )
+    return None
 
 
 def _name(config: dict[str, Any]) -> str:
@@ -121,6 +129,11 @@ def export(frozen: Frozen, path: Path) -> None:
     for name, value in frozen.floats.items():
         if reason := refuse(name, "", tuple(value.shape), None, config):
             raise UserError(f"{name}: {reason}")
+    for module, given in frozen.inputs.items():
+        name = frozen.ties.get(f"{module}.weight", f"{module}.weight")
+        held = frozen.weights.get(name)
+        if reason := refuse_input(held.tensor.spec if held else None, given.spec, given.static):
+            raise UserError(f"the input of {module}: {reason}")
     family = FAMILIES[config["model_type"]]
     table = names(config["model_type"], n_layers(config))
     embedding = {**frozen.floats, **{n: w.tensor.codes for n, w in frozen.weights.items()}}[family.embedding]

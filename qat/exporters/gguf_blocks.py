@@ -19,10 +19,12 @@ Parts = tuple[Tensor, Tensor, Tensor | None]  # codes [N, K], scales [N, K/block
 
 
 class BlockType(NamedTuple):
-    """A ggml type, the spec that its bytes stand for, and how they are written and read."""
+    """A ggml type, the spec that its bytes stand for, how the CPU quantizes the inputs that it multiplies with such
+    weights (ggml's vec_dot_type, x86 arithmetic), and how the bytes are written and read."""
 
     ggml: GGMLQuantizationType
     spec: QuantSpec
+    inputs: QuantSpec
     pack: Callable[[QTensor], np.ndarray]
     unpack: Callable[[np.ndarray], Parts]
 
@@ -132,14 +134,17 @@ def _symmetric(qtype: str, block: int = 32, **rule: str) -> QuantSpec:
 _MINMAX: dict[str, Any] = {"qtype": "uint4", "block": (1, 32)}
 _Q4_1 = QuantSpec(**_MINMAX, range="minmax", scale="float16", offset="float16")
 _Q4_K = QuantSpec(**_MINMAX, range="minmax_zero", scale=SUPER, offset=SUPER)
+_Q8_0 = QuantSpec(qtype="int8", block=(1, 32), divide="reciprocal", scale="float16")
+_Q8_1 = QuantSpec(qtype="int8", block=(1, 32), divide="reciprocal", scale="float16", block_sum="float16")
+_Q8_K = QuantSpec(qtype="int8", block=(1, 256), divide="reciprocal_scale", scale="float32")
 _T = GGMLQuantizationType
 TYPES = (
-    BlockType(_T.Q4_0, _symmetric("int4", range="signed_max"), pack_q4_0, unpack_q4_0),
-    BlockType(_T.Q4_1, _Q4_1, pack_q4_1, unpack_q4_1),
-    BlockType(_T.Q5_0, _symmetric("int5", range="signed_max"), pack_q5_0, unpack_q5_0),
-    BlockType(_T.Q8_0, _symmetric("int8"), pack_q8_0, unpack_q8_0),
-    BlockType(_T.Q4_K, _Q4_K, pack_q4_k, unpack_q4_k),
-    BlockType(_T.TQ2_0, _symmetric("ternary", 256), pack_tq2_0, unpack_tq2_0),
+    BlockType(_T.Q4_0, _symmetric("int4", range="signed_max"), _Q8_0, pack_q4_0, unpack_q4_0),
+    BlockType(_T.Q4_1, _Q4_1, _Q8_1, pack_q4_1, unpack_q4_1),
+    BlockType(_T.Q5_0, _symmetric("int5", range="signed_max"), _Q8_0, pack_q5_0, unpack_q5_0),
+    BlockType(_T.Q8_0, _symmetric("int8"), _Q8_0, pack_q8_0, unpack_q8_0),
+    BlockType(_T.Q4_K, _Q4_K, _Q8_K, pack_q4_k, unpack_q4_k),
+    BlockType(_T.TQ2_0, _symmetric("ternary", 256), _Q8_K, pack_tq2_0, unpack_tq2_0),
 )
 BY_GGML = {t.ggml: t for t in TYPES}
 

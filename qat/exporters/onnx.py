@@ -61,7 +61,7 @@ def export(frozen: Frozen, path: Path) -> None:
     """
     layers: list[Layer] = frozen.config["layers"]
     for name, given in frozen.inputs.items():
-        if why := refuse_input(given.spec, given.static):
+        if why := refuse_input(None, given.spec, given.static):
             raise UserError(f"export to onnx: the input of {name}: {why}")
     graph = Graph(frozen)
     x = graph.quantize("x", _coming(frozen, layers))
@@ -97,7 +97,7 @@ def _relu_is_clipping(coming: tuple[str, FrozenInput] | None) -> bool:
     return int(coming[1].offset) == coming[1].spec.type.qmin
 
 
-def refuse_input(spec: QuantSpec, static: bool) -> str | None:
+def refuse_input(weight: QuantSpec | None, spec: QuantSpec, static: bool) -> str | None:
     """Why the input of a layer cannot be on this grid, and what to do; None if it can."""
     if not static:
         return "it is quantized dynamically; use static: true (scheme=int8_static)"

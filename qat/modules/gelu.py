@@ -1,4 +1,4 @@
-"""llama.cpp's GELU on a CPU: a table from float16 to float16 of the tanh form (ggml vec.h), with GELU's own gradient."""
+"""llama.cpp's GELU on a CPU, a table from float16 to float16 of the tanh form (ggml vec.h); GELU's own gradient."""
 
 import ctypes
 import ctypes.util

@@ -35,7 +35,14 @@ def test_gradient_is_that_of_gelu() -> None:
 def test_the_activations_of_transformers_are_found() -> None:
     for kind, act in (("gpt2", "gelu_new"), ("gpt2", "gelu_pytorch_tanh"), ("gpt_neox", "gelu"), ("llama", "silu")):
         shape = {"n_layer": 2, "n_embd": 32, "n_head": 2} if kind == "gpt2" else {"num_hidden_layers": 2}
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "vocab_size": 64,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
         key = "activation_function" if kind == "gpt2" else "hidden_act"
         config = AutoConfig.for_model(kind, **{**sizes, **shape, key: act})
         model: nn.Module = AutoModelForCausalLM.from_config(config)
