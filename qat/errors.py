@@ -3,8 +3,10 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+FULL = "No space left on device"
 
 
 class UserError(Exception):
@@ -26,12 +28,20 @@ def at_least(name: str, value: float, least: float) -> None:
 
 
 @contextmanager
-def disk_errors() -> Iterator[None]:
-    """A full, read-only or forbidden disk is the user's to put right: a UserError that names the file."""
+def disk_errors(path: Path | None = None) -> Iterator[None]:
+    """A full, read-only or forbidden disk is the user's to put right: a UserError that names the file.
+
+    path: what is being written in here; a failing write, unlike a failing open, does not tell.
+    """
     try:
         yield
+    except UserError:  # named already
+        raise
     except Exception as error:
-        full = "No space left on device" in str(error)  # safetensors has an exception of its own for it
+        full = FULL in str(error)  # safetensors has an exception of its own for it
         if not full and not (isinstance(error, OSError) and error.errno in DISK):
             raise
-        raise UserError(f"cannot write: {error}; free some space there or write elsewhere") from error
+        opened = getattr(error, "filename", None)  # of a copy that finds the disk full, it is the source
+        where = (path if full else None) or opened or path or "to the disk"
+        why = FULL if full else getattr(error, "strerror", None) or str(error)
+        raise UserError(f"cannot write {where}: {why}; free some space there or write elsewhere") from error

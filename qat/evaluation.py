@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.errors import UserError
+from qat.files import atomic_file
 
 Evaluated = dict[str, Tensor]
 Track = Callable[[Sequence[Tensor]], Iterable[Tensor]]
@@ -64,9 +65,8 @@ def figures(answers: Evaluated) -> dict[str, float]:
 
 def save(answers: Evaluated, path: Path) -> None:
     """Write the file atomically."""
-    temp = path.with_name(f".{path.name}.partial")
-    save_file({k: v.contiguous() for k, v in answers.items()}, temp)
-    temp.replace(path)
+    with atomic_file(path) as temp:
+        save_file({k: v.contiguous() for k, v in answers.items()}, temp)
 
 
 def load(path: Path) -> Evaluated:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qat.errors import VerifyError
+from qat.errors import UserError, VerifyError, disk_errors
 
 MANIFEST = "manifest.json"
 
@@ -18,7 +19,11 @@ MANIFEST = "manifest.json"
 @contextmanager
 def atomic_folder(path: Path) -> Generator[Path]:
     """Yield an empty temporary sibling of `path`; on success it replaces `path`, on any error it is removed."""
-    path = Path(path)
+    with disk_errors(path):
+        yield from _folder(Path(path))
+
+
+def _folder(path: Path) -> Generator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.????????.partial"):  # of a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
@@ -43,14 +48,36 @@ def atomic_folder(path: Path) -> Generator[Path]:
 
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Replace one file as a whole."""
-    temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
+    with atomic_file(path) as temp:
         temp.write_bytes(content.encode() if isinstance(content, str) else content)
-        _flush(temp)
-        temp.replace(path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def atomic_file(path: Path) -> Generator[Path]:
+    """Yield the name of a temporary sibling to write; on success it replaces `path`, on any error it is removed."""
+    temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    for stale in path.parent.glob(f".{path.name}.????????.partial"):  # of a process that was killed
+        stale.unlink(missing_ok=True)
+    with disk_errors(path):
+        try:
+            yield temp
+            _flush(temp)
+            temp.replace(path)
+        except BaseException:
+            temp.unlink(missing_ok=True)
+            raise
+
+
+def refuse_unwritable(name: str, folder: Path) -> None:
+    """Raise UserError unless `folder`, or the nearest one above it that is there, takes a new file; leaves none."""
+    place = folder
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(f"{name}={folder} cannot be written: {place}: {error.strerror}; give another") from error
 
 
 def _flush(file: Path) -> None:

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from qat.errors import UserError
-from qat.files import atomic_write
+from qat.files import atomic_write, refuse_unwritable
 
 CONFIG = "config.yaml"
 
@@ -28,6 +28,7 @@ def refuse_used(path: Path) -> None:
     """Raise UserError if a run has already left checkpoints or a report in `path`, or if it can't be a folder."""
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir={path} is a file; give a folder")
+    refuse_unwritable("run_dir", path)
     if (path / "report.json").exists() or any((path / "checkpoints").rglob("*.ckpt")):
         raise UserError(f"run_dir={path} already holds a run; continue it with resume={path}, or give another run_dir")
 

@@ -1,13 +1,14 @@
 """Memory: what training needs counted on a real optimiser step, and a refusal that names need, supply and remedy."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_conversion import gpt2
 
-from qat import budget
+from qat import budget, entry
 from qat.errors import UserError
 
 CPU = torch.device("cpu")
@@ -43,6 +44,16 @@ def test_too_little_memory_is_refused_only_where_training_needs_it(monkeypatch: 
     assert budget.refuse_memory(model, settings(max_steps=0), CPU) == ""
     assert budget.refuse_memory(model, settings(precision="bf16-true"), CPU) != ""
     assert budget.refuse_memory(model, settings(strategy="fsdp"), CPU) != ""
+
+
+def test_a_run_that_cannot_train_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(budget, "available", lambda device: 10**6)
+    assert entry.main(["recipe=quickstart", "trainer.accelerator=cpu"]) == 2
+    assert "training needs 71.5 MB for weights, gradients and optimizer alone" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_memory_there_is_this_machines() -> None:

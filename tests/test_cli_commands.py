@@ -30,6 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["eval", "--block-size", "33", "--windows", "1"], "more than the 32 positions"),
         (["eval", "--windows", "0"], "--windows=0"),
         (["export", "--to", ",", "--out", "out"], "names no target"),
+        (["export", "--to", "hf", "--out", f"{__file__}/out"], "--out="),
+        (["verify", "--json", f"{__file__}/verdict.json"], "--json="),
+        (["verify", "--json", "."], "--json=. is a folder"),
     ],
 )
 def test_refused(folder: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -47,6 +47,8 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str])
         ("seed=1,2", "seed"),
         ("seed=${nothing}", "nothing"),
         ("data.block_size=0", "data.block_size=0"),
+        (f"data.cache_dir={__file__}/x", "data.cache_dir="),
+        (f"run_dir={__file__}/x", "run_dir="),
         ("data.workers=-1", "data.workers=-1"),
         ("model=gpt2_mini data.block_size=1025", "more than the 1024 positions"),
         ("evaluation.every_n_steps=0", "evaluation.every_n_steps=0"),

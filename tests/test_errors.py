@@ -13,7 +13,13 @@ def test_a_full_disk_is_named_with_its_file() -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full here")
-    with pytest.raises(UserError, match="No space left"), disk_errors():
+    with pytest.raises(UserError, match=r"cannot write what\.bin: No space left"), disk_errors(Path("what.bin")):
+        full.write_text("x")
+    with (
+        pytest.raises(UserError, match=r"cannot write inner: No space left on device; free"),
+        disk_errors(Path("outer")),
+        disk_errors(Path("inner")),
+    ):
         full.write_text("x")
 
 

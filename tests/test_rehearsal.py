@@ -67,7 +67,7 @@ def test_a_weight_that_is_not_finite_is_named_quantized_or_not(leaf: str, value:
 def test_a_weight_whose_scale_overflows_is_named() -> None:
     model = gpt2()
     with torch.no_grad():
-        model.transformer.h[1].mlp.c_fc.weight[3, 5] = 1e7
+        model.get_parameter("transformer.h.1.mlp.c_fc.weight")[3, 5] = 1e7
     message = refusal(model, GPT2_RULES)
     assert message.startswith("transformer.h.1.mlp.c_fc.weight: a scale is beyond the range of portable")
     bfloat16 = Scheme(weight=QuantSpec(qtype="int4", block=(1, 32), scale="bfloat16"))

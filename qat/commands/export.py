@@ -16,6 +16,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises UserError for a grid that a target cannot hold, VerifyError if a written file is not equal."""
     from qat.errors import UserError
     from qat.exporters import export, target_module
+    from qat.files import refuse_unwritable
     from qat.report.card import model_card
     from qat.verification import read_any, verify
 
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or (args.path / "export" if is_run else None)
     if out is None:
         raise UserError(f"{args.path} is not a run folder: say where to write with --out FOLDER")
+    refuse_unwritable("--out", out)
     for name in names:
         path = export(frozen, name, out / name, card=model_card(frozen, name, args.path))
         print(f"{name}: wrote {path}")

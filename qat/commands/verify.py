@@ -19,10 +19,15 @@ def run(args: argparse.Namespace) -> None:
     """Raises VerifyError naming the first tensor that differs."""
     from rich.console import Console
 
-    from qat.files import atomic_write
+    from qat.errors import UserError
+    from qat.files import atomic_write, refuse_unwritable
     from qat.stages import bar
     from qat.verification import verify, verify_run
 
+    if args.json:  # before the work
+        if args.json.is_dir():
+            raise UserError(f"--json={args.json} is a folder; give a file")
+        refuse_unwritable("--json", args.json.absolute().parent)
     with bar(f"verify {args.path}", Console(stderr=True)) as shown, shown.follow():
         if (args.path / "frozen").is_dir():
             verdicts = verify_run(args.path)

@@ -21,7 +21,8 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 
-from qat.errors import UserError, at_least
+from qat.errors import UserError, at_least, disk_errors
+from qat.files import refuse_unwritable
 from qat.hub import Fallback
 from qat.training.sampler import StepSampler
 
@@ -50,6 +51,8 @@ class TokenData(pl.LightningDataModule, ABC):
         at_least("data.workers", workers, 0)
         self.block_size, self.batch_size, self.seed, self.workers = block_size, batch_size, seed, workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else CACHE
+        if not self.cache_dir.is_dir():  # one that is there may hold all that is needed, and be read-only
+            refuse_unwritable("data.cache_dir", self.cache_dir)
         self.name = type(self).__name__  # what the report and the model card call the data
         self.tokenizer: Any = None
         self._windows: dict[str, Dataset] = {}
@@ -116,23 +119,8 @@ class TokenData(pl.LightningDataModule, ABC):
         key = self._key(rows)
         path = self.cache_dir / "packed" / f"{key}.arrow"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(dir=path.parent))
-            disable_progress_bars()
-            try:
-                tokens = rows.map(
-                    self.encode,
-                    batched=True,
-                    num_proc=self.workers or None,
-                    remove_columns=rows.column_names,
-                    cache_file_name=str(scratch / "tokens.arrow"),
-                    new_fingerprint=key,
-                )
-                _write(scratch / "packed.arrow", _blocks(tokens, self.block_size), self.block_size)
-                os.replace(scratch / "packed.arrow", path)
-            finally:
-                enable_progress_bars()
-                shutil.rmtree(scratch, ignore_errors=True)
+            with disk_errors(path):
+                self._tokenize(rows, key, path)
         packed = Dataset.from_file(str(path))
         if not len(packed):
             raise UserError(
@@ -140,6 +128,25 @@ class TokenData(pl.LightningDataModule, ABC):
                 "give more text or a smaller data.block_size"
             )
         return packed
+
+    def _tokenize(self, rows: Dataset, key: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=path.parent))
+        disable_progress_bars()
+        try:
+            tokens = rows.map(
+                self.encode,
+                batched=True,
+                num_proc=self.workers or None,
+                remove_columns=rows.column_names,
+                cache_file_name=str(scratch / "tokens.arrow"),
+                new_fingerprint=key,
+            )
+            _write(scratch / "packed.arrow", _blocks(tokens, self.block_size), self.block_size)
+            os.replace(scratch / "packed.arrow", path)
+        finally:
+            enable_progress_bars()
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def _key(self, rows: Dataset) -> str:
         tokenizer = self.tokenizer

@@ -1,6 +1,5 @@
 """checkpoints/last.ckpt and best.ckpt, written atomically, with every random state a resumed run needs."""
 
-import os
 import random
 import zipfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 
 from qat.errors import UserError
+from qat.files import atomic_file
 
 
 class Checkpoints(pl.Callback):
@@ -69,9 +69,8 @@ class Checkpoints(pl.Callback):
 
     def _save(self, trainer: pl.Trainer, path: Path, weights_only: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        trainer.save_checkpoint(temporary, weights_only=weights_only)
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            trainer.save_checkpoint(temporary, weights_only=weights_only)
 
 
 def refuse_damaged(path: Path) -> None:

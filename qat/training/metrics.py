@@ -1,7 +1,6 @@
 """metrics.csv of a run: one row per logged step, continued when the run is resumed."""
 
 import csv
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import Logger
 
+from qat.errors import disk_errors
+from qat.files import atomic_file
 from qat.training.base import Task
 
 Row = dict[str, str]
@@ -51,7 +52,7 @@ class CsvMetrics(Logger):
             self.columns += new
             self._rewrite([*rows, row])
         else:
-            with self.path.open("a", newline="") as file:
+            with disk_errors(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
 
     def rewind(self, step: int) -> None:
@@ -68,12 +69,10 @@ class CsvMetrics(Logger):
 
     def _rewrite(self, rows: list[Row]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", newline="") as file:
+        with atomic_file(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.path)
 
 
 class LogMetrics(pl.Callback):
