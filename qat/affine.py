@@ -4,15 +4,16 @@ Shapes: x is (R, C); scale and offset are (R/r, C/c) where (r, c) is the block. 
 the dtype of x; results are cast to the dtype of x last.
 """
 
+import typing
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat.scheme import STORED, Block, QuantSpec, check_block, stored_dtype
+from qat.rounding import cast, cast_normal, round_to
+from qat.scheme import Block, QuantSpec, check_block, stored_dtype
 
-PORTABLE_MIN = 2.0**-14  # float16's smallest normal number
 STRIP = 131072  # elements that `quantize` handles at a time
 
 
@@ -59,40 +60,27 @@ def untile(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(nr * r, nc * c)
 
 
-def round_to(y: Tensor, rounding: str, qmin: int) -> Tensor:
-    """Integers nearest to y (float32) under the named rule of `QuantSpec.rounding`."""
-    if rounding == "half_even":
-        return y.round()
-    if rounding == "toward_zero":
-        return y.trunc()
-    if rounding == "half_up":  # ggml adds 8.5 and truncates: the sum is rounded to float32, on purpose
-        return (y + (0.5 - qmin)).floor() + qmin
-    whole = y.trunc()  # half away from zero, as C's roundf: adding 0.5 would round 0.49999997 up
-    return whole + torch.where((y - whole).abs() >= 0.5, y.sign(), torch.zeros_like(y))
-
-
 class _Store(torch.autograd.Function):
-    """Round to the stored dtype and come back to float32; the gradient passes unchanged, in float32."""
+    """Round to the stored form and come back to float32; the gradient passes unchanged, in float32."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, dtype: str | QuantSpec) -> Tensor:
-        return store_scale(value, dtype).float()
+    def forward(ctx: Any, value: Tensor, stored: str | QuantSpec) -> Tensor:
+        return store_scale(value, stored).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
 
 
-def store_scale(value: Tensor, dtype: str | QuantSpec) -> Tensor:
-    """A float32 scale (R/r, C/c) as it will be stored: its magnitude at least the dtype's smallest normal number, or
-    for a quantized scale at least one step."""
-    if isinstance(dtype, QuantSpec):
-        return _store_quantized(value, dtype, least=1.0)
-    target = STORED[dtype]
-    tiny = PORTABLE_MIN if dtype == "portable" else torch.finfo(target).tiny
-    sign = torch.where(value < 0, -1.0, 1.0)
-    clamped = torch.where(value.abs() < tiny, sign * tiny, value)  # NaN passes, to be reported by `quantize`
-    return store_offset(clamped, dtype)
+def store_scale(value: Tensor, stored: str | QuantSpec) -> Tensor:
+    """A float32 scale (R/r, C/c) as it will be stored: never 0, in a dtype at least its smallest normal number, or of
+    a quantized scale at least one step."""
+    return cast_normal(value, stored) if isinstance(stored, str) else _store_quantized(value, stored, least=1.0)
+
+
+def store_offset(value: Tensor, stored: str | QuantSpec) -> Tensor:
+    """A float32 offset (R/r, C/c) as it will be stored."""
+    return cast(value, stored) if isinstance(stored, str) else _store_quantized(value, stored, least=0.0)
 
 
 def _store_quantized(value: Tensor, spec: QuantSpec, least: float) -> Tensor:
@@ -102,36 +90,9 @@ def _store_quantized(value: Tensor, spec: QuantSpec, least: float) -> Tensor:
     return from_codes(codes, grid.scale, None, spec, torch.float32)
 
 
-def store_offset(value: Tensor, dtype: str | QuantSpec) -> Tensor:
-    """A float32 number in the stored dtype; "portable" goes through bfloat16 (overflow gives an infinity).
-
-    torch.compile keeps intermediate results in float32 and drops casts to a narrower dtype and back, so there the
-    rounding is spelled out in integers, and the casts that may be dropped are exact.
-    """
-    if isinstance(dtype, QuantSpec):
-        return _store_quantized(value, dtype, least=0.0)
-    if torch.compiler.is_compiling():
-        if dtype in ("portable", "bfloat16"):
-            value = _keep_bits(value, 16)
-        if dtype in ("portable", "float16"):
-            subnormal = (value * 2.0**24).round() * 2.0**-24
-            value = torch.where(value.abs() < 2.0**-14, subnormal, _keep_bits(value, 13))
-            value = torch.where(value.abs() > 65504.0, value * torch.inf, value)
-    elif dtype == "portable":
-        value = value.to(torch.bfloat16)
-    return value.to(STORED[dtype])
-
-
-def _keep_bits(value: Tensor, drop: int) -> Tensor:
-    """A float32 rounded half-even to a significand without its last `drop` bits; NaN and infinities pass."""
-    bits = value.view(torch.int32)
-    rounded = (bits + (2 ** (drop - 1) - 1) + ((bits >> drop) & 1)) & -(2**drop)
-    return torch.where(value.isnan(), value, rounded.view(torch.float32))
-
-
-def store_ste(value: Tensor, dtype: str | QuantSpec) -> Tensor:
+def store_ste(value: Tensor, stored: str | QuantSpec) -> Tensor:
     """float32 -> the float32 value of the stored scale, with an identity gradient (for learned scales)."""
-    return cast(Tensor, _Store.apply(value, dtype))  # pyright: ignore[reportUnknownMemberType]
+    return typing.cast(Tensor, _Store.apply(value, stored))  # pyright: ignore[reportUnknownMemberType]
 
 
 def block_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -296,7 +257,7 @@ def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.
     Differentiable. edge: how far beyond qmin..qmax, in steps, a value still gets a gradient. 0.5 covers every value
     that rounds to a code (so the clipped extreme of an absmax_half block keeps training); 0 is LSQ's hard edge.
     """
-    return cast(Tensor, _FakeQuantize.apply(x, *qparams, spec, edge))  # pyright: ignore[reportUnknownMemberType]
+    return typing.cast(Tensor, _FakeQuantize.apply(x, *qparams, spec, edge))  # pyright: ignore[reportUnknownMemberType]
 
 
 def refuse_infinite(x: Tensor, qparams: QParams, spec: QuantSpec) -> None:

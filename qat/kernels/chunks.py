@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.affine import QParams, round_to, tile
+from qat.affine import QParams, tile
+from qat.rounding import round_to
 from qat.scheme import Block, QuantSpec, check_block
 
 ELEMENTS = 131072  # half a megabyte of float32, for each thread
