@@ -30,13 +30,15 @@ def prepare(
     weight: WeightQuantizer = MinMax,
     observer: Callable[[], Observer] = MinMaxObserver,
     gelu: str | None = None,
+    kv_cache: str | None = None,
 ) -> nn.Module:
     """Replace, in place, every layer that a rule gives a scheme; returns the model.
 
     Call it before the optimiser is made and before a checkpoint is loaded: learned scales are parameters. Weights
     keep their names and their identity. weight(spec, tensor (out, in)) makes the weight quantizers; observer() the
-    ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`). Raises UserError
-    as `audit` does, or if the model is prepared already.
+    ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`); kv_cache="float16"
+    rounds keys and values as its cache does (`qat.modules.attention`), and is noted in the model's config.
+    Raises UserError as `audit` does, or if the model is prepared already.
     """
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UserError("this model is prepared already; prepare a float model, once")
@@ -44,6 +46,11 @@ def prepare(
         raise UserError(f"gelu={gelu} is not possible; choose float16_table or leave it out")
     if gelu:
         use_table_gelu(model)
+    if kv_cache:
+        from qat.modules.attention import use_kv_cache
+
+        use_kv_cache(model, kv_cache)
+        model.config.kv_cache = kv_cache  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType, reportOptionalMemberAccess]
     shared: dict[int, FakeQuantize] = {}  # one quantizer for each tied tensor
     inputs: dict[tuple[str, int], FakeQuantize] = {}
     for row in audit(model, rules).rows:

@@ -93,8 +93,9 @@ def run(
     pl.seed_everything(seed, verbose=False)
     progress = Stages()
     rules = scheme["rules"]
-    if unknown := set(scheme) - {"rules", "gelu"}:
-        raise UserError(f"there is no key scheme.{unknown.pop()}; known here: rules, gelu")
+    simulated = {key: value for key, value in scheme.items() if key != "rules"}
+    if unknown := set(simulated) - {"gelu", "kv_cache"}:
+        raise UserError(f"there is no key scheme.{unknown.pop()}; known here: rules, gelu, kv_cache")
     refuse_missing_runtimes(export)
     if export and not rules:
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
@@ -184,7 +185,7 @@ def run(
         if control:
             pl.seed_everything(seed, verbose=False)  # as before the first load, whose weights may be random
             loaded = model.load(data)  # training changed the weights: start again from the same ones
-        net = prepare(loaded.model, rules, weight=quantizer, observer=observer, gelu=scheme.get("gelu")).to(device)
+        net = prepare(loaded.model, rules, weight=quantizer, observer=observer, **simulated).to(device)
         with progress("calibrate") as outcome:
             batches = list(itertools.islice(data.train_dataloader(), calibration_batches))
             calibrate(net, batches, partial(_forward, device), outcome.track)

@@ -52,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _llama_like(MODEL_ARCH.QWEN3),
 }
 MODEL_TYPE = "qat.model_type"  # ours: to llama.cpp a Mistral is a Llama
+KV_CACHE = "qat.kv_cache"  # ours: the cache that training simulated, if any
 MODEL_TYPES = {MODEL_ARCH_NAMES[f.arch]: name for name, f in reversed(FAMILIES.items())}
 
 
@@ -143,6 +144,8 @@ def extra_tensors(config: Config) -> dict[str, Tensor]:
 def write_metadata(w: GGUFWriter, config: Config) -> None:
     """The hyperparameters that llama.cpp needs, under their GGUF names."""
     w.add_string(MODEL_TYPE, config["model_type"])
+    if config.get("kv_cache"):
+        w.add_string(KV_CACHE, config["kv_cache"])
     w.add_block_count(n_layers(config))
     if config["model_type"] == "gpt2":
         w.add_context_length(config["n_positions"])

@@ -1,8 +1,9 @@
 """Run a GGUF file in real llama.cpp: the `llama-server` on PATH if there is one, else the `xllamacpp` wheel's server.
 
 Both speak the same HTTP API, on the loopback only. Settings are those under which llama.cpp on a CPU can be compared
-with torch: float32 KV cache, no flash attention, one slot. A text is scored in one request: a grammar of token-id
-terminals forces every next token, while the reported log-probabilities are those before grammar and sampling.
+with torch: one slot, and the KV cache that the model was trained with (float32 if training simulated none). A text is
+scored in one request: a grammar of token-id terminals forces every next token, while the reported log-probabilities are
+those before grammar and sampling.
 """
 
 import json
@@ -19,14 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.exporters.gguf_models import KV_CACHE
 from qat.progress import told
 from qat.runtimes import main
 
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy must not see loopback requests
 _INSTALL = "llama.cpp is not installed: pip install xllamacpp (or put llama-server on PATH)"
+
+
+CACHES = {None: "f32", "float16": "f16"}  # kv_cache of the scheme -> llama.cpp's cache type
+
+
+def trained_cache(file: Path) -> str | None:
+    """The KV cache that the model was trained with, from the file's own metadata."""
+    try:
+        field = GGUFReader(file).fields.get(KV_CACHE)
+    except (OSError, ValueError, LookupError) as error:
+        raise VerifyError(f"{file} is not a GGUF file: {error}") from error
+    return None if field is None else str(field.contents())
 
 
 def _file(path: Path) -> Path:
@@ -131,7 +146,7 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _binary(program: str, file: Path, n_ctx: int) -> Iterator[_Server]:
+def _binary(program: str, file: Path, n_ctx: int, cache: str) -> Iterator[_Server]:
     """`llama-server` as a child process, killed at the end."""
     port = _free_port()
     options = {
@@ -142,8 +157,8 @@ def _binary(program: str, file: Path, n_ctx: int) -> Iterator[_Server]:
         "--parallel": 1,
         "--threads": torch.get_num_threads(),
         "--n-gpu-layers": 0,
-        "--cache-type-k": "f32",
-        "--cache-type-v": "f32",
+        "--cache-type-k": cache,
+        "--cache-type-v": cache,
         "--flash-attn": "off",
     }
     command = [program, *(str(part) for pair in options.items() for part in pair), "--no-warmup"]
@@ -168,7 +183,7 @@ def _binary(program: str, file: Path, n_ctx: int) -> Iterator[_Server]:
 
 
 @contextmanager
-def _wheel(file: Path, n_ctx: int) -> Iterator[_Server]:
+def _wheel(file: Path, n_ctx: int, cache: str) -> Iterator[_Server]:
     """The server inside the `xllamacpp` wheel, in this process."""
     try:
         import xllamacpp
@@ -182,7 +197,7 @@ def _wheel(file: Path, n_ctx: int) -> Iterator[_Server]:
     params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.n_gpu_layers = 0
-    params.cache_type_k = params.cache_type_v = x.ggml_type.GGML_TYPE_F32
+    params.cache_type_k = params.cache_type_v = getattr(x.ggml_type, f"GGML_TYPE_{cache.upper()}")
     params.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup = params.ui = False
     params.cache_ram_mib = 0
@@ -198,7 +213,8 @@ def _wheel(file: Path, n_ctx: int) -> Iterator[_Server]:
 @contextmanager
 def _serve(path: Path, n_ctx: int) -> Iterator[_Server]:
     program, file = shutil.which("llama-server"), _file(path)
-    with _binary(program, file, n_ctx) if program else _wheel(file, n_ctx) as server:
+    cache = CACHES[trained_cache(file)]
+    with _binary(program, file, n_ctx, cache) if program else _wheel(file, n_ctx, cache) as server:
         server.ready()
         yield server
 

@@ -30,14 +30,14 @@ def scheme(name: str) -> dict[str, Any]:
     return instantiate(OmegaConf.load(CONFIGS / "scheme" / f"{name}.yaml"), _convert_="all")
 
 
-def prepared(name: str, model: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def prepared(name: str, model: str, kv_cache: str | None = None) -> nn.Module:
     kind, shape = MODELS[model]
     net = tiny(kind, **shape)
     with torch.no_grad():
         for p in net.parameters():
-            p.copy_((p * 0.3).to(dtype))
+            p.mul_(0.3)
     chosen = scheme(name)
-    return qat.prepare(net, chosen["rules"], gelu=chosen.get("gelu")).eval()
+    return qat.prepare(net, chosen["rules"], gelu=chosen.get("gelu"), kv_cache=kv_cache).eval()
 
 
 def in_llama_cpp(net: Any, prompts: list[list[int]], folder: Path) -> Tensor:
@@ -54,14 +54,21 @@ def last(net: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, float]:
 
 
 @pytest.mark.parametrize(
-    ("name", "model"),
-    [*((n, "llama") for n in SCHEMES), ("q8_0", "qwen3 tied"), ("q4_k", "qwen3 tied"), ("q4_0", "gpt2")],
+    ("name", "model", "kv_cache"),
+    [
+        *((name, "llama", None) for name in SCHEMES),
+        ("q8_0", "qwen3 tied", None),
+        ("q4_k", "qwen3 tied", None),
+        ("q4_0", "gpt2", None),
+        ("q4_0", "llama", "float16"),
+        ("q4_0", "gpt2", "float16"),
+    ],
 )
-def test_logits_equal_llama_cpps(name: str, model: str, tmp_path: Path) -> None:
+def test_logits_equal_llama_cpps(name: str, model: str, kv_cache: str | None, tmp_path: Path) -> None:
     """Int8 activations are chaotic at the last bit: a sum that ends on a rounding boundary flips a code. So a third of
     the prompts must agree to 2e-6 of the largest logit, and the median must not exceed the spread between two valid
     evaluations of the simulation itself, in float32 and float64. Without the simulation no prompt comes near."""
-    net = prepared(f"llama_{name}", model)
+    net = prepared(f"llama_{name}", model, kv_cache)
     torch.manual_seed(1)
     prompts = [torch.randint(2, VOCAB, (8 + i % 5,)).tolist() for i in range(50)]
     want, largest = last(net, prompts)
@@ -70,7 +77,7 @@ def test_logits_equal_llama_cpps(name: str, model: str, tmp_path: Path) -> None:
     error = (got - want).abs().amax(-1) / largest
     spread = (wide.float() - want).abs().amax(-1) / largest
     print(
-        f"{name} {model}: within 2e-6 {(error < 2e-6).float().mean():.2f}, median {error.median():.1e}, "
+        f"{name} {model} {kv_cache}: within 2e-6 {(error < 2e-6).float().mean():.2f}, median {error.median():.1e}, "
         f"spread {spread.median():.1e}"
     )
     for module in net.modules():
