@@ -15,6 +15,7 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.modules import LAYERS, full_name
+from qat.modules import kind as kind_of
 from qat.scheme import QuantSpec, Rule, bits_per_weight
 
 
@@ -99,7 +100,7 @@ def audit(
     first: dict[int, Row] = {}
     used: set[int] = set()
     for path, module in model.named_modules():
-        kind = type(module).__name__
+        kind = kind_of(module)
         known = full_name(module) in LAYERS
         index = _match(rules, path, kind) if known else None
         if index is not None:
@@ -189,7 +190,7 @@ def _refuse_unused(rules: Sequence[Rule], used: set[int], model: nn.Module) -> N
     for i, rule in enumerate(rules):
         if i in used:
             continue
-        kinds = sorted({type(m).__name__ for m in model.modules() if full_name(m) in LAYERS})
+        kinds = sorted({kind_of(m) for m in model.modules() if full_name(m) in LAYERS})
         raise UserError(
             f"rule {i + 1} (path {rule.path!r}, type {rule.type!r}) decides nothing in this model, whose quantizable "
             f"layers are of type {', '.join(kinds) or 'none'}; correct or remove the rule (an earlier one may win)"

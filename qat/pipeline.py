@@ -28,6 +28,7 @@ from qat.hub import Fallback
 from qat.layers import layer_stats
 from qat.models.load import EMBEDDED_CONTEXT, Loaded
 from qat.models.positions import refuse_longer
+from qat.modules.gelu import tanh_form
 from qat.observers.base import Observer
 from qat.quantizers.bias import round_biases
 from qat.rehearsal import rehearse
@@ -109,7 +110,8 @@ def run(
     audited: Audit | None = None
     if rules:
         with progress("audit") as outcome:
-            audited = audit(loaded.model, rules, targets=export, config=_config(loaded.model))
+            shipped = tanh_form(_config(loaded.model)) if scheme.get("gelu") else _config(loaded.model)
+            audited = audit(loaded.model, rules, targets=export, config=shipped)
             refuse_tokenizers(export, tokenizer_files(loaded.tokenizer), _config(loaded.model))
             made: Any = {"weight": quantizer, "observer": observer, "calibration_batches": calibration_batches}
             rehearse(loaded.model, audited, rules, **made, targets=export)

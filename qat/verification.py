@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat import evaluation
 from qat.errors import UserError, VerifyError
-from qat.exporters import identify, target_module
+from qat.exporters import as_held, identify, target_module
 from qat.files import read_manifest
 from qat.frozen import Frozen, FrozenWeight
 from qat.runtimes import run
@@ -82,7 +82,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         _against_manifest(written, manifest, verdict)
     else:
         frozen = read_any(base)
-        compare(written, frozen, verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
+        compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
     if runtime and not verdict.differences:

@@ -104,6 +104,8 @@ def tiny(model_type: str, **changes: Any) -> PreTrainedModel:
             "head_dim": 16,
             "max_position_embeddings": 256,
         }
+        known = AutoConfig.for_model(model_type)
+        shape = {key: value for key, value in shape.items() if hasattr(known, key)}
     tokens = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     config = AutoConfig.for_model(model_type, **{**shape, **tokens, **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -120,13 +122,13 @@ def freeze(model: PreTrainedModel, tokenizer: dict[str, bytes], linear: QuantSpe
     parameters = dict(model.named_parameters())
     for name, p in parameters.items():
         module = modules[name.rpartition(".")[0]]
-        kind = type(module).__name__
+        kind = "Embedding" if isinstance(module, nn.Embedding) else type(module).__name__
         if p.ndim != 2 or "wpe" in name:
             continue
         spec = INT8 if isinstance(module, nn.Embedding) or "lm_head" in name else linear
         x = p.detach().t() if isinstance(module, Conv1D) else p.detach()
         weights[name] = FrozenWeight(quantize(x, choose_qparams(x, spec), spec), kind, tuple(p.shape))
     floats = {name: p.detach().clone() for name, p in parameters.items() if name not in weights}
-    embedding = next(n for n in parameters if n.endswith(("wte.weight", "embed_tokens.weight")))
+    embedding = next(n for n in parameters if n.endswith(("wte.weight", "embed_tokens.weight", "embed_in.weight")))
     ties = {} if "lm_head.weight" in parameters else {"lm_head.weight": embedding}
     return Frozen(weights, floats, ties=ties, config={**model.config.to_dict(), "name": "tiny"}, tokenizer=tokenizer)

@@ -1,8 +1,8 @@
 """Export targets, one file each: `refuse`, `stored_dtype`, `export`, `read` and the RUNTIME that must run the result.
 
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
-one file with those five names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text` and
-`refuse_input` are for targets that have something to say there.
+one file with those five names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
+`refuse_input` and `as_held` (a Frozen as the file can say it) are for targets that have something to say there.
 """
 
 from importlib import import_module
@@ -63,12 +63,18 @@ def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:
         if why:
             raise UserError(f"export to {target}: {name} (shape {w.shape}): {why}")
     path = Path(path)
+    digests = as_held(module, frozen).digests()
     with atomic_folder(path) as folder:
         module.export(frozen, folder)
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
-        write_manifest(folder, {"kind": "export", "target": target, "tensors": frozen.digests()})
+        write_manifest(folder, {"kind": "export", "target": target, "tensors": digests})
     return path
+
+
+def as_held(module: ModuleType, frozen: Frozen) -> Frozen:
+    """What `read` of a target gives back of `frozen`: the same, unless the target says otherwise."""
+    return getattr(module, "as_held", lambda same: same)(frozen)
 
 
 def identify(path: Path) -> tuple[str, dict[str, Any] | None]:

@@ -4,6 +4,7 @@ Codes and stored scales are packed as they are; norms, biases, positions and unq
 """
 
 import math
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -19,18 +20,17 @@ from torch import Tensor
 from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
 from qat.exporters.gguf_blocks import BY_GGML, BlockType, block_type, refuse_grid
+from qat.exporters.gguf_families.base import Family
 from qat.exporters.gguf_models import (
+    DERIVED,
     FAMILIES,
-    extra_tensors,
-    n_layers,
     names,
     read_config,
     refuse_model,
     refuse_text,
-    row_order,
     write_metadata,
 )
-from qat.exporters.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
+from qat.exporters.gguf_tokenizer import PHI3, known_difference, refuse_tokenizer, swallows_spaces, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec
 
@@ -38,6 +38,7 @@ RUNTIME = "llama_cpp"
 __all__ = [
     "FILE",
     "RUNTIME",
+    "as_held",
     "export",
     "known_difference",
     "missing_runtime",
@@ -63,8 +64,7 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     """Why GGUF cannot hold this parameter (a Hugging Face name), and what to do; None if it can."""
     if reason := refuse_model(config):
         return reason
-    known = names(config["model_type"], n_layers(config))
-    if name not in known:
+    if name not in names(config["model_type"], FAMILIES[config["model_type"]].n_layers(config)):
         return f"llama.cpp's {config['model_type']} has no tensor for {name}"
     if spec is None:
         return None
@@ -86,9 +86,15 @@ def refuse_input(weight: QuantSpec | None, spec: QuantSpec, static: bool) -> str
     return None
 
 
-def _name(config: dict[str, Any]) -> str:
-    """`general.name`: the config's own `name` if there is one, else where the model came from."""
-    return str(config.get("name") or config.get("_name_or_path") or config["model_type"])
+def _name(config: dict[str, Any], tokenizer: dict[str, bytes]) -> str:
+    """`general.name`: the config's own `name` if there is one, else where the model came from.
+
+    llama.cpp reads it: in a model with phi-3 or phi3 in its name, special tokens swallow the spaces after them.
+    """
+    name = str(config.get("name") or config.get("_name_or_path") or config["model_type"])
+    if swallows_spaces(tokenizer):
+        return name if PHI3.search(name) else f"{name} (phi-3)"
+    return PHI3.sub("phi 3", name)
 
 
 def _type(w: FrozenWeight) -> BlockType:
@@ -115,8 +121,25 @@ def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch
     return dtype if dtype == torch.float16 and len(shape) == 2 and name != "transformer.wpe.weight" else torch.float32
 
 
-def _float_array(name: str, value: Tensor) -> np.ndarray:
+def _stored(name: str, value: Tensor, family: Family) -> Tensor:
     value = value.detach().to(stored_dtype(name, tuple(value.shape), value.dtype))
+    return family.stored(name, value)
+
+
+def as_held(frozen: Frozen) -> Frozen:
+    """What `read` finds of `frozen`, to compare with: floats in the dtype of the file, and as the file can say them.
+
+    Gemma's norms are 1 + w there, as the model computes them in float32: many w have the same 1 + w.
+    """
+    family = FAMILIES.get(frozen.config.get("model_type", ""))
+    if family is None:  # then the file is of another model
+        return frozen
+    floats = {n: family.restored(n, _stored(n, v, family)) for n, v in frozen.floats.items()}
+    return replace(frozen, floats=floats)
+
+
+def _float_array(name: str, value: Tensor, family: Family) -> np.ndarray:
+    value = _stored(name, value, family)
     return (value.t() if name.endswith(_CONV1D) else value).contiguous().numpy()
 
 
@@ -135,20 +158,21 @@ def export(frozen: Frozen, path: Path) -> None:
         if reason := refuse_input(held.tensor.spec if held else None, given.spec, given.static):
             raise UserError(f"the input of {module}: {reason}")
     family = FAMILIES[config["model_type"]]
-    table = names(config["model_type"], n_layers(config))
-    embedding = {**frozen.floats, **{n: w.tensor.codes for n, w in frozen.weights.items()}}[family.embedding]
+    table = names(config["model_type"], family.n_layers(config))
+    rows = {n: value.shape[0] for n, value in frozen.floats.items() if value.ndim}
+    rows |= {n: w.tensor.codes.shape[0] for n, w in frozen.weights.items()}
 
     writer = GGUFWriter(path / FILE, MODEL_ARCH_NAMES[family.arch])
-    writer.add_name(_name(config))
+    writer.add_name(_name(config, frozen.tokenizer))
     writer.add_file_type(_file_type(frozen))
     writer.add_quantization_version(GGML_QUANT_VERSION)
     write_metadata(writer, config)
-    write_tokenizer(writer, frozen.tokenizer, config, embedding.shape[0])
+    write_tokenizer(writer, frozen.tokenizer, config, rows[f"{family.embedding}.weight"])
 
     # all tensors are announced first, then packed and written one by one: no second copy of the model in memory
-    floats = {**frozen.floats, **extra_tensors(config)}
+    floats = {**frozen.floats, **family.extra_tensors(config)}
     for name, value in floats.items():
-        array = _float_array(name, value)
+        array = _float_array(name, value, family)
         writer.add_tensor_info(table.get(name, name), array.shape, array.dtype, array.nbytes)
     for name, w in frozen.weights.items():
         ggml = _type(w).ggml
@@ -158,9 +182,9 @@ def export(frozen: Frozen, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, value in floats.items():
-        writer.write_tensor_data(_float_array(name, _reordered(value, row_order(name, config))))
+        writer.write_tensor_data(_float_array(name, _reordered(value, family.row_order(name, config)), family))
     for name, w in frozen.weights.items():
-        order = row_order(name, config)
+        order = family.row_order(name, config)
         data = _type(w).pack(w.tensor)
         writer.write_tensor_data(data if order is None else data[order.numpy()])
     writer.close()
@@ -186,33 +210,34 @@ def read(path: Path) -> Frozen:
 def _read(file: Path) -> Frozen:
     reader = GGUFReader(file)
     config = read_config({k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")})
-    table = {to: name for name, to in names(config["model_type"], n_layers(config)).items()}
-    derived = {"rope_freqs.weight"}
+    family = FAMILIES[config["model_type"]]
+    table = {to: name for name, to in names(config["model_type"], family.n_layers(config)).items()}
     frozen = Frozen({}, {}, config=config)
     for tensor in reader.tensors:
-        if tensor.name in derived:
+        if tensor.name in DERIVED:
             continue
         if tensor.name not in table:
             raise VerifyError(f"{file}: unknown tensor {tensor.name}")
         name = table[tensor.name]
-        order = row_order(name, config)
+        order = family.row_order(name, config)
         back = None if order is None else order.argsort()
         if tensor.tensor_type in BY_GGML:
-            frozen.weights[name] = _read_weight(name, tensor.data, BY_GGML[tensor.tensor_type], back)
+            frozen.weights[name] = _read_weight(name, tensor.data, BY_GGML[tensor.tensor_type], back, family)
         elif tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             value = _reordered(torch.from_numpy(np.array(tensor.data)), back)
-            frozen.floats[name] = value.t().contiguous() if name.endswith(_CONV1D) else value
+            value = value.t().contiguous() if name.endswith(_CONV1D) else value
+            frozen.floats[name] = family.restored(name, value)
         else:
             raise VerifyError(f"{file}: {tensor.name} is {tensor.tensor_type.name}, which this export never writes")
     if "output.weight" not in {t.name for t in reader.tensors}:
-        frozen.ties["lm_head.weight"] = FAMILIES[config["model_type"]].embedding
+        frozen.ties[f"{family.head}.weight"] = f"{family.embedding}.weight"
     return frozen
 
 
-def _read_weight(name: str, data: np.ndarray, held: BlockType, back: Tensor | None) -> FrozenWeight:
-    codes, scale, offset = held.unpack(data if back is None else data[back.numpy()])
-    tensor = QTensor(codes, scale, offset, held.spec)
+def _read_weight(name: str, data: np.ndarray, block: BlockType, back: Tensor | None, family: Family) -> FrozenWeight:
+    codes, scale, offset = block.unpack(data if back is None else data[back.numpy()])
+    tensor = QTensor(codes, scale, offset, block.spec)
     if name.endswith(_CONV1D):
         return FrozenWeight(tensor, "Conv1D", (codes.shape[1], codes.shape[0]))
-    kind = "Embedding" if name.endswith(("wte.weight", "embed_tokens.weight")) else "Linear"
+    kind = "Embedding" if name == f"{family.embedding}.weight" else "Linear"
     return FrozenWeight(tensor, kind, tuple(codes.shape))

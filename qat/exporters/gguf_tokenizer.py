@@ -8,6 +8,7 @@ that every GGUF file has (`known_difference`).
 
 import json
 import os
+import re
 import unicodedata
 from typing import Any
 
@@ -162,9 +163,24 @@ def refuse_tokenizer(files: dict[str, bytes], config: dict[str, Any]) -> str | N
     return None
 
 
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
+_PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}  # llama.cpp wants them in the vocabulary of a model of that name
+
+
+def swallows_spaces(files: dict[str, bytes]) -> bool:
+    """Whether added tokens take the spaces after them as llama.cpp does for a model with phi-3 in its name."""
+    added = json.loads(files["tokenizer.json"])["added_tokens"] if "tokenizer.json" in files else []
+    takes = {t["content"] for t in added if t["rstrip"]}
+    keeps = {t["content"] for t in added if not t["rstrip"]}
+    return keeps == _PHI3_KEEPS and "</s>" in takes and not any(t["lstrip"] for t in added)
+
+
 def known_difference(files: dict[str, bytes], line: str) -> str | None:
     """Why llama.cpp splits this line differently in any GGUF file of such a tokenizer; None if it must be equal."""
     spec = json.loads(files["tokenizer.json"])
+    for token in spec["added_tokens"]:
+        if (token["lstrip"] or token["rstrip"]) and token["content"] in line and not swallows_spaces(files):
+            return "llama.cpp keeps the spaces around added tokens; this tokenizer gives some of them to the token"
     composes = any(s["type"] == "NFC" for s in _steps(spec["normalizer"], "normalizers"))
     if composes and not unicodedata.is_normalized("NFC", line):
         return "llama.cpp does not compose characters (NFC)"

@@ -55,8 +55,14 @@ class TableGELU(nn.Module):
         return cast(Tensor, _TableGELU.apply(x))
 
 
+def tanh_form(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose GELU, whatever its form, is named by that of the table."""
+    keys = ("hidden_act", "activation_function", "hidden_activation")
+    return {**config, **{key: "gelu_pytorch_tanh" for key in keys if config.get(key) in ("gelu", "gelu_fast")}}
+
+
 def use_table_gelu(model: nn.Module) -> int:
-    """Replace, in place, every GELU module of transformers; returns how many."""
+    """Replace, in place, every GELU module of transformers; returns how many. The model's config then says tanh."""
     found = [
         (parent, name)
         for parent in model.modules()
@@ -65,4 +71,10 @@ def use_table_gelu(model: nn.Module) -> int:
     ]
     for parent, name in found:
         setattr(parent, name, TableGELU())
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        was = config.to_dict()
+        for key, value in tanh_form(was).items():
+            if was[key] != value:
+                setattr(config, key, value)
     return len(found)

@@ -7,5 +7,8 @@ LAYERS = {
     "Linear": "qat.packed.linear.PackedLinear",
     "Conv1D": "qat.packed.linear.PackedLinear",
     "Embedding": "qat.packed.embedding.PackedEmbedding",
+    "GemmaTextScaledWordEmbedding": "qat.packed.embedding.PackedScaledEmbedding",
+    "Gemma2TextScaledWordEmbedding": "qat.packed.embedding.PackedScaledEmbedding",
+    "Gemma3TextScaledWordEmbedding": "qat.packed.embedding.PackedScaledEmbedding",
     "Conv2d": "qat.packed.conv2d.PackedConv2d",
 }

@@ -47,3 +47,4 @@ def test_the_activations_of_transformers_are_found() -> None:
         config = AutoConfig.for_model(kind, **{**sizes, **shape, key: act})
         model: nn.Module = AutoModelForCausalLM.from_config(config)
         assert use_table_gelu(model) == (0 if act == "silu" else 2)
+        assert getattr(model.config, key) == ("gelu_pytorch_tanh" if act == "gelu" else act)  # what the table is

@@ -23,7 +23,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", WIDE),
     "qwen3 tied": ("qwen3", {**WIDE, "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {"n_embd": 256}),
+    "gemma": ("gemma", WIDE),
+    "gemma2": ("gemma2", {**WIDE, "query_pre_attn_scalar": 64}),
+    "gemma3": ("gemma3_text", {**WIDE, "query_pre_attn_scalar": 64}),
+    "phi": ("phi", {"hidden_size": 256, "intermediate_size": 512}),
+    "phi3": ("phi3", WIDE),
+    "gpt_neox": ("gpt_neox", {"hidden_size": 256, "intermediate_size": 512}),  # GELU by erf, trained as the table's
 }
+
+FAMILIES = ("gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox")
 
 
 def scheme(name: str) -> dict[str, Any]:
@@ -62,6 +70,7 @@ def last(net: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, float]:
         ("q4_0", "gpt2", None),
         ("q4_0", "llama", "float16"),
         ("q4_0", "gpt2", "float16"),
+        *(("q4_0", model, None) for model in FAMILIES),
     ],
 )
 def test_logits_equal_llama_cpps(name: str, model: str, kv_cache: str | None, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Model families of GGUF export, one file each; `gguf_models` lists them."""

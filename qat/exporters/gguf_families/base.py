@@ -1,0 +1,149 @@
+"""What GGUF export must know of a model family: tensors, row order, metadata, and what llama.cpp does not compute.
+
+The defaults are those of a Llama-like decoder. A family is an instance of `Family`, or of a subclass with what differs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
+from torch import Tensor
+
+Config = dict[str, Any]
+
+ATTENTION = tuple(f"self_attn.{m}" for m in ("q_proj", "k_proj", "v_proj", "o_proj"))
+GATED_MLP = tuple(f"mlp.{m}" for m in ("gate_proj", "up_proj", "down_proj"))
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")  # one formula; llama.cpp has it as a table of float16
+
+
+@dataclass(frozen=True)
+class Family:
+    """arch: llama.cpp's name. layer: modules of one layer, under `layers`. activations, ropes: those that llama.cpp
+    computes for it. tied: whether llama.cpp takes the head from the embedding; None where it knows both."""
+
+    arch: MODEL_ARCH
+    layer: tuple[str, ...]
+    activations: tuple[str, ...] = ("silu",)
+    ropes: tuple[str, ...] = ("default", "linear")
+    partial_rotary: bool = False
+    tied: bool | None = None
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    head: str = "lm_head"
+    top: tuple[str, ...] = ("model.norm",)
+
+    def n_layers(self, config: Config) -> int:
+        return config["num_hidden_layers"]
+
+    def modules(self, layers: int) -> list[str]:
+        """Every module that may have a weight or a bias."""
+        inside = (f"{self.layers}.{i}.{m}" for i in range(layers) for m in self.layer)
+        return [self.embedding, *self.top, self.head, *inside]
+
+    def head_dim(self, config: Config) -> int:
+        return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+    def rotary_dim(self, config: Config) -> int:
+        return int(self.head_dim(config) * self.rope(config).get("partial_rotary_factor", 1.0))
+
+    def rope(self, config: Config) -> dict[str, Any]:
+        """transformers 5 keeps everything in rope_parameters; older configs have rope_theta and rope_scaling."""
+        rope = {"rope_theta": config.get("rope_theta", 10000.0)}
+        rope |= {k: config[k] for k in ("partial_rotary_factor",) if config.get(k) is not None}
+        rope |= config.get("rope_scaling") or {}
+        rope |= config.get("rope_parameters") or {}
+        return {**rope, "rope_type": rope.get("rope_type") or rope.get("type") or "default"}
+
+    def refuse(self, config: Config) -> str | None:
+        """Why llama.cpp cannot compute this model; None if it can."""
+        kind = config["model_type"]
+        if why := self.refuse_activation(config):
+            return why
+        rope = self.rope(config)
+        if rope["rope_type"] not in self.ropes:
+            return f"GGUF export does not know rope type {rope['rope_type']} for {kind}"
+        if not self.partial_rotary and rope.get("partial_rotary_factor", 1.0) != 1.0:
+            return f"GGUF export does not know partial rotary embeddings for {kind}"
+        tied = config.get("tie_word_embeddings")
+        if self.tied is not None and tied is not None and tied != self.tied:
+            form = "takes the head from the embedding" if self.tied else "wants a head of its own"
+            return f"llama.cpp's {kind} {form}; set tie_word_embeddings to {str(self.tied).lower()}"
+        return None
+
+    def refuse_activation(self, config: Config) -> str | None:
+        keys = ("activation_function", "hidden_activation", "hidden_act")
+        asked = next((config[key] for key in keys if config.get(key)), self.activations[0])
+        if asked in self.activations:
+            return None
+        why = f"llama.cpp's {config['model_type']} computes {self.activations[0]}, not {asked}"
+        if asked == "gelu" and self.activations == TANH_GELU:
+            why += "; train with that (gelu: float16_table in a scheme, as scheme=llama_q4_0 has it)"
+        return why
+
+    def ignored_window(self, config: Config) -> int | None:
+        """The sliding window of the model, where llama.cpp attends to everything instead."""
+        return config.get("sliding_window")
+
+    def text_limit(self, config: Config) -> tuple[int, str] | None:
+        """The most tokens that llama.cpp computes as trained, and why; None if there is no limit."""
+        window = self.ignored_window(config)
+        why = f"llama.cpp computes this model without its sliding window of {window} tokens"
+        return (window, why) if window else None
+
+    def context(self, config: Config) -> int:
+        """The context length that the file names: what llama.cpp computes as trained."""
+        return min(config["max_position_embeddings"], self.ignored_window(config) or config["max_position_embeddings"])
+
+    def row_order(self, name: str, config: Config) -> Tensor | None:
+        """The Hugging Face row behind each GGUF row of this parameter (int64 [out]); None if the order is the same."""
+        return None
+
+    def stored(self, name: str, value: Tensor) -> Tensor:
+        """What the file holds of an unquantized parameter."""
+        return value
+
+    def restored(self, name: str, value: Tensor) -> Tensor:
+        """A parameter from what the file holds: `stored` of it is that again, bit for bit."""
+        return value
+
+    def extra_tensors(self, config: Config) -> dict[str, Tensor]:
+        """Tensors that llama.cpp wants and transformers computes."""
+        return {}
+
+    def write_metadata(self, w: GGUFWriter, config: Config) -> None:
+        """The hyperparameters that llama.cpp needs, under their GGUF names."""
+        rope = self.rope(config)
+        w.add_context_length(self.context(config))
+        w.add_embedding_length(config["hidden_size"])
+        w.add_feed_forward_length(config["intermediate_size"])
+        w.add_head_count(config["num_attention_heads"])
+        w.add_head_count_kv(config.get("num_key_value_heads") or config["num_attention_heads"])
+        w.add_key_length(self.head_dim(config))
+        w.add_value_length(self.head_dim(config))
+        if "rms_norm_eps" in config:
+            w.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        else:
+            w.add_layer_norm_eps(config["layer_norm_eps"])
+        w.add_rope_dimension_count(self.rotary_dim(config))
+        w.add_rope_freq_base(rope["rope_theta"])
+        if rope["rope_type"] in ("linear", "yarn"):
+            w.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
+            w.add_rope_scaling_factor(rope["factor"])
+        if rope["rope_type"] == "yarn":
+            w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+    def read_config(self, get: dict[str, Any]) -> Config:
+        """Metadata without the architecture's prefix -> the part of config.json that it holds."""
+        rms = "attention.layer_norm_rms_epsilon"
+        norm = {"rms_norm_eps": get[rms]} if rms in get else {"layer_norm_eps": get["attention.layer_norm_epsilon"]}
+        return {
+            "num_hidden_layers": get["block_count"],
+            "hidden_size": get["embedding_length"],
+            "num_attention_heads": get["attention.head_count"],
+            "num_key_value_heads": get["attention.head_count_kv"],
+            "head_dim": get["attention.key_length"],
+            "max_position_embeddings": get["context_length"],
+            "intermediate_size": get["feed_forward_length"],
+            **norm,
+            "rope_theta": get["rope.freq_base"],
+        }
