@@ -1,6 +1,6 @@
 """A Hugging Face folder with packed integer weights, for any architecture that transformers has.
 
-Where plain transformers reads it exactly (see compressed_tensors.py) `quant_method` is "compressed-tensors", else
+Where vLLM computes exactly what was trained (see compressed_tensors.py) `quant_method` is "compressed-tensors", else
 "qat": `from_pretrained` loads that after `import qat`, and without it raises an error instead of inventing weights.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qat.errors import UserError, VerifyError
 from qat.exporters import compressed_tensors
+from qat.exporters.compressed_tensors_read import our_name, ours, translate
 from qat.exporters.hf_layout import decode, describe, encode, encode_input, matrix
 from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec
@@ -61,6 +62,14 @@ def export(frozen: Frozen, path: Path) -> None:
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
 
 
+def caveats(frozen: Frozen) -> list[str]:
+    """What its readers do differently from training, or cannot do; for the model card and the report of `verify`."""
+    why = compressed_tensors.why_not(frozen, float_dtype(frozen))
+    if why is None:
+        return compressed_tensors.caveats(frozen)
+    return [f"vLLM and plain transformers cannot read it ({why}); `import qat` first"]
+
+
 def float_dtype(frozen: Frozen) -> torch.dtype:
     """The dtype in which the model must be loaded for its unquantized parameters to keep their values."""
     found = [t.dtype for t in frozen.floats.values() if t.is_floating_point()]
@@ -70,10 +79,11 @@ def float_dtype(frozen: Frozen) -> torch.dtype:
 def packed_tensors(frozen: Frozen, plain: bool) -> dict[str, Tensor]:
     """Every tensor of the folder. plain: under compressed-tensors' names."""
     out = {n: t.contiguous() for n, t in frozen.floats.items()}
+    dtype = float_dtype(frozen)
     for name, w in frozen.weights.items():
-        out |= compressed_tensors.tensors(name, frozen) if plain else encode(name, w.tensor)
+        out |= compressed_tensors.tensors(name, frozen, dtype) if plain else encode(name, w.tensor)
     for name, i in frozen.inputs.items():
-        out |= encode_input(name, i)
+        out |= {} if plain else encode_input(name, i)
     return out
 
 
@@ -114,16 +124,11 @@ def quantization(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             for key in f.keys():  # noqa: SIM118
                 if key.endswith(".weight_shape"):
                     shapes[key.removesuffix("_shape")] = f.get_tensor(key).tolist()
-                elif key.endswith(".weight_scale"):
+                elif key.endswith((".weight_scale", ".input_scale")):
                     scales[key.removesuffix("_scale")] = f.get_slice(key)[:0].dtype
-    return config, compressed_tensors.translate(found, shapes, scales)
-
-
-def our_name(name: str) -> str | None:
-    """A tensor's name in the "qat" dialect; None for what only compressed-tensors needs."""
-    if name.endswith(".weight_shape"):
-        return None
-    return name.removesuffix("_packed") if name.endswith(".weight_packed") else name.replace("_zero_point", "_offset")
+                elif key.endswith(".weight") and f.get_slice(key).get_dtype() == "I8":
+                    shapes[key] = list(f.get_slice(key).get_shape())
+    return config, translate(found, shapes, scales)
 
 
 def read(path: Path) -> Frozen:
@@ -139,7 +144,7 @@ def read(path: Path) -> Frozen:
             with safe_open(file, "pt") as f:
                 for key in f.keys():  # noqa: SIM118
                     if name := our_name(key):
-                        tensors[name] = f.get_tensor(key)
+                        tensors[name] = ours(name, f.get_tensor(key), described)
         except (SafetensorError, OSError) as e:
             raise VerifyError(f"{file} cannot be read: {e}") from e
     specs = [QuantSpec.from_dict(s) for s in described["specs"]]
