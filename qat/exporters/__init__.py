@@ -4,6 +4,7 @@
 one file with those four names, and a YAML in configs/target.
 """
 
+import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -75,7 +76,18 @@ def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
         manifest = read_manifest(folder)
         return str(manifest.get("target", manifest["kind"])), manifest
     names = [path.name] if path.is_file() else [p.name for p in folder.iterdir()]
+    if (folder / "config.json").is_file() and (found := _method(folder)) in targets():
+        return found, None
     for ending, target in ((".gguf", "gguf"), (".onnx", "onnx"), ("config.json", "hf")):
         if any(n.endswith(ending) for n in names):
             return target, None
     raise UserError(f"{path} holds no .gguf, no .onnx and no config.json: give a run, a frozen folder or an export")
+
+
+def _method(folder: Path) -> str:
+    """The `quant_method` of a Hugging Face folder; "" without one."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return (config.get("quantization_config") or {}).get("quant_method", "")
+    except (ValueError, AttributeError):
+        return ""

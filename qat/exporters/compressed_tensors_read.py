@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qat.errors import UserError
 from qat.exporters.compressed_tensors import TENSOR, TOKEN
-from qat.exporters.hf_layout import to_words
+from qat.exporters.hf_layout import narrow, to_words
 from qat.scheme import STORED, QuantSpec
 
 FORMATS = ("pack-quantized", "int-quantized", "mixed-precision")
@@ -34,7 +34,7 @@ def ours(name: str, tensor: Tensor, described: dict[str, Any]) -> Tensor:
     scaled = described["weights"].get(name.removesuffix("_scale")) if name.endswith("_scale") else None
     if scaled is not None:
         stored = described["specs"][scaled["spec"]]["scale"]
-        return tensor.to(STORED[stored]) if isinstance(stored, str) else tensor
+        return narrow(tensor, STORED[stored]) if isinstance(stored, str) else tensor
     return tensor
 
 

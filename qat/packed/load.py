@@ -16,7 +16,8 @@ from torch import nn
 
 from qat.errors import UserError, VerifyError
 from qat.exporters.compressed_tensors_read import our_name, ours
-from qat.exporters.hf import float_dtype, packed_tensors, quantization, weight_files
+from qat.exporters.hf import packed_tensors, quantization
+from qat.exporters.hf_folder import float_dtype, weight_files
 from qat.exporters.hf_layout import describe
 from qat.frozen import Frozen
 from qat.packed.replace import replace_layers, tie_layers

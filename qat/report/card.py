@@ -11,6 +11,7 @@ from qat.report.schema import Fallback, Stages, read_report
 RUN = {
     "gguf": "llama-cli -m model.gguf -p 'The'",
     "hf": "python -c \"{plugin}from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\"",
+    "torchao": "python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\"",
     "onnx": "python -c \"import onnxruntime as o; print(o.InferenceSession('model.onnx').get_inputs()[0])\"",
 }
 

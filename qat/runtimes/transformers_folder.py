@@ -20,6 +20,7 @@ from torch import Tensor
 from qat.errors import UserError, VerifyError
 from qat.runtimes import main
 
+HELPERS = {"qat": "qat-as-shipped", "compressed-tensors": "compressed-tensors", "torchao": "torchao"}
 SCRIPT = Path(__file__).with_name("plain_transformers.py")
 
 
@@ -30,6 +31,13 @@ def method(path: Path) -> str | None:
     except (OSError, ValueError) as e:
         raise UserError(f"{path / 'config.json'} is missing or not valid JSON ({e})") from e
     return config.get("quantization_config", {}).get("quant_method")
+
+
+def _says_absent(line: str, package: str) -> bool:
+    """Whether a line of a traceback says that a package is missing."""
+    return line.startswith(("ImportError", "ModuleNotFoundError", "ValueError")) and (
+        package.replace("-", "_") in line.replace("-", "_") and ("install" in line or "No module" in line)
+    )
 
 
 class _Process:
@@ -68,8 +76,9 @@ class _Process:
         self.child.wait()
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()
-        if any(line.startswith("ImportError") and "compressed" in line for line in lines):
-            raise UserError("compressed-tensors is not installed: pip install compressed-tensors")
+        absent = next((p for p in HELPERS.values() if any(_says_absent(line, p) for line in lines)), None)
+        if absent:
+            raise UserError(f"{absent} is not installed: pip install {absent}")
         raise VerifyError(f"transformers cannot run {self.path}: {lines[-1] if lines else 'it ended without a word'}")
 
 
@@ -97,7 +106,7 @@ def tokenize(path: Path, lines: list[str]) -> list[list[int]]:
 
 def version(path: Path, _: Tensor | str | None = None) -> str:
     """Which transformers runs here, and with what, for the report."""
-    helper = {"qat": "qat-as-shipped", "compressed-tensors": "compressed-tensors"}.get(method(path) or "")
+    helper = HELPERS.get(method(path) or "")
     said = f"transformers {installed('transformers')}"
     try:
         return f"{said}, {helper} {installed(helper)}" if helper else said
