@@ -218,3 +218,7 @@ def _refuse_target(rows: list[Row], target: str, config: dict[str, Any], rules: 
             why = refuse_input(row.name, row.spec, scheme.input, scheme.static)
         if why:
             raise UserError(f"export to {target}: {row.name} (shape {tuple(row.shape)}): {why}")
+    together = getattr(module, "refuse_together", None)  # of formats with one grid for the whole file
+    specs = {row.name: row.spec for row in rows if row.spec is not None}
+    if together and specs and (why := together(specs)):
+        raise UserError(f"export to {target}: {why}")

@@ -8,10 +8,11 @@ from qat.exporters import target_module
 from qat.frozen import Frozen
 from qat.report.schema import Fallback, Stages, read_report
 
+_PLAIN = "python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\""
 RUN = {
     "gguf": "llama-cli -m model.gguf -p 'The'",
     "hf": "python -c \"{plugin}from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\"",
-    "torchao": "python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\"",
+    **dict.fromkeys(("torchao", "gptq", "gptq_v1", "awq"), _PLAIN),
     "onnx": "python -c \"import onnxruntime as o; print(o.InferenceSession('model.onnx').get_inputs()[0])\"",
 }
 

@@ -6,7 +6,6 @@ The model lives in one more process (see plain_transformers.py), since this modu
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from importlib.metadata import PackageNotFoundError
@@ -19,8 +18,13 @@ from torch import Tensor
 
 from qat.errors import UserError, VerifyError
 from qat.runtimes import main
+from qat.runtimes.environments import installed_in, interpreter
 
-HELPERS = {"qat": "qat-as-shipped", "compressed-tensors": "compressed-tensors", "torchao": "torchao"}
+HELPERS = {
+    "qat": "qat-as-shipped",
+    **{name: name for name in ("compressed-tensors", "torchao")},
+    **{name: "gptqmodel" for name in ("gptq", "awq")},  # in an environment of its own
+}
 SCRIPT = Path(__file__).with_name("plain_transformers.py")
 
 
@@ -47,7 +51,13 @@ class _Process:
         self.path = path
         self.folder = tempfile.TemporaryDirectory(prefix="qat-transformers-")
         self.log = (Path(self.folder.name) / "log").open("w+b")
-        command = [sys.executable, "-P", str(SCRIPT), str(path), *(["--with-qat"] if method(path) == "qat" else [])]
+        command = [
+            interpreter(HELPERS.get(method(path) or "", "")),
+            "-P",
+            str(SCRIPT),
+            str(path),
+            *(["--with-qat"] if method(path) == "qat" else []),
+        ]
         self.child = subprocess.Popen(
             command,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -109,7 +119,7 @@ def version(path: Path, _: Tensor | str | None = None) -> str:
     helper = HELPERS.get(method(path) or "")
     said = f"transformers {installed('transformers')}"
     try:
-        return f"{said}, {helper} {installed(helper)}" if helper else said
+        return f"{said}, {helper} {installed_in(helper)}" if helper else said
     except PackageNotFoundError:  # a source tree that is not installed
         return f"{said}, {helper}"
 

@@ -34,6 +34,9 @@ def trained(kind: str, scheme: list[Rule], dtype: torch.dtype = torch.float32) -
     model = tiny(kind, **KINDS.get(kind, {}))
     for p in model.parameters():  # not the buffers: rotary frequencies stay float32, as in from_pretrained
         p.data = p.data.to(dtype)
+    for layer in (m for n, m in model.named_modules() if n.endswith("q_proj")):
+        layer.weight.data[0].abs_()  # the extreme zero points
+        layer.weight.data[1].abs_().neg_()
     model = prepare(model, scheme).eval()
     model.config.architectures = [type(model).__name__]
     calibrate(model, PROMPTS[:4], lambda m, ids: m(ids[None]))
