@@ -85,9 +85,9 @@ def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
 
 
 def _method(folder: Path) -> str:
-    """The `quant_method` of a Hugging Face folder; "" without one."""
+    """The target that a Hugging Face folder's quantization names; "" without one."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return (config.get("quantization_config") or {}).get("quant_method", "")
+        return "mlx" if "quantization" in config else (config.get("quantization_config") or {}).get("quant_method", "")
     except (ValueError, AttributeError):
         return ""

@@ -25,13 +25,13 @@ KINDS: dict[str, dict[str, Any]] = {"llama": {"tie_word_embeddings": False}, "qw
 
 def rules(scheme: str) -> list[Rule]:
     """Those of configs/scheme/SCHEME.yaml, with groups that divide the tiny models' layers."""
-    text = (ROOT / "configs/scheme" / f"{scheme}.yaml").read_text().replace("128]", "32]")
+    text = (ROOT / "configs/scheme" / f"{scheme}.yaml").read_text().replace("128]", "32]").replace(" 64]", " 32]")
     return list(instantiate(OmegaConf.create(text), _convert_="all")["rules"])
 
 
-def trained(kind: str, scheme: list[Rule], dtype: torch.dtype = torch.float32) -> tuple[Any, Frozen]:
+def trained(kind: str, scheme: list[Rule], dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Frozen]:
     """A tiny random model with fake-quantized layers, and what is frozen of it; `dtype` is that of the masters."""
-    model = tiny(kind, **KINDS.get(kind, {}))
+    model = tiny(kind, **{**KINDS.get(kind, {}), **changes})
     for p in model.parameters():  # not the buffers: rotary frequencies stay float32, as in from_pretrained
         p.data = p.data.to(dtype)
     for layer in (m for n, m in model.named_modules() if n.endswith("q_proj")):
