@@ -128,7 +128,7 @@ def audit(
     _refuse_shapes(rows, targets)
     _refuse_inputs(rows, rules)
     for target in targets:
-        _refuse_target(rows, target, config or {})
+        _refuse_target(rows, target, config or {}, rules)
     if rules and not any(r.spec for r in rows):
         raise UserError("no parameter is quantized: every rule leaves what it matches in floating point")
     return Audit(_resolve_ties(rows))
@@ -214,9 +214,17 @@ def _refuse_shapes(rows: list[Row], targets: Sequence[str]) -> None:
             ) from e
 
 
-def _refuse_target(rows: list[Row], target: str, config: dict[str, Any]) -> None:
-    refuse = import_module(f"qat.exporters.{target}").refuse
+def _refuse_target(rows: list[Row], target: str, config: dict[str, Any], rules: Sequence[Rule]) -> None:
+    module = import_module(f"qat.exporters.{target}")
+    refuse_input = getattr(module, "refuse_input", None)  # only of targets whose runtime quantizes inputs itself
     for row in rows:
-        why = refuse(row.name, row.kind, row.shape, row.spec, config)
+        why = module.refuse(row.name, row.kind, row.shape, row.spec, config)
+        scheme = None if row.rule is None or row.spec is None else rules[row.rule].scheme
+        if why is None and refuse_input and scheme and row.kind != "Embedding":
+            why = refuse_input(row.name, row.spec, scheme.input, scheme.static)
         if why:
             raise UserError(f"export to {target}: {row.name} (shape {tuple(row.shape)}): {why}")
+    together = getattr(module, "refuse_together", None)  # of formats with one grid for the whole file
+    specs = {row.name: row.spec for row in rows if row.spec is not None}
+    if together and specs and (why := together(specs)):
+        raise UserError(f"export to {target}: {why}")

@@ -83,6 +83,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
     else:
         frozen = read_any(base)
         compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
+        verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
     if runtime and not verdict.differences:

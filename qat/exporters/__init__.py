@@ -5,6 +5,7 @@ one file with those five names, and a YAML in configs/target. `missing_runtime`,
 `refuse_input` and `as_held` (a Frozen as the file can say it) are for targets that have something to say there.
 """
 
+import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -90,7 +91,18 @@ def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
         manifest = read_manifest(folder)
         return str(manifest.get("target", manifest["kind"])), manifest
     names = [path.name] if path.is_file() else [p.name for p in folder.iterdir()]
+    if (folder / "config.json").is_file() and (found := _method(folder)) in targets():
+        return found, None
     for ending, target in ((".gguf", "gguf"), (".onnx", "onnx"), ("config.json", "hf")):
         if any(n.endswith(ending) for n in names):
             return target, None
     raise UserError(f"{path} holds no .gguf, no .onnx and no config.json: give a run, a frozen folder or an export")
+
+
+def _method(folder: Path) -> str:
+    """The target that a Hugging Face folder's quantization names; "" without one."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "mlx" if "quantization" in config else (config.get("quantization_config") or {}).get("quant_method", "")
+    except (ValueError, AttributeError):
+        return ""

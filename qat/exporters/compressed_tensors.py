@@ -1,64 +1,126 @@
 """The dialect of the Hugging Face folder that the compressed-tensors library reads: its names and its configuration.
 
-Plain transformers (and vLLM) load such a folder without our package. Their loader is exact for symmetric linear layers
-with one scale a row or group; everything else is written with quant_method "qat" instead.
+vLLM and plain transformers load such a folder without our package. Every grid here is one that vLLM computes exactly
+as it was trained; `caveats` says where transformers does not. All others are written with quant_method "qat".
 """
 
 import re
-from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qat.errors import UserError
 from qat.exporters.hf_layout import encode
-from qat.frozen import Frozen
+from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec
 
 METHOD = "compressed-tensors"
+# vLLM's dynamic tokens: scale max|x| / 127, codes rne(x * (127 / max|x|)), in float32 (its int8 quantization kernels)
+TOKEN = QuantSpec(qtype="int8", block=(1, -1), divide="reciprocal", scale="float32")
+TENSOR = QuantSpec(qtype="int8", block=(-1, -1))  # one static scale: rne(clamp(x / scale)); its stored dtype is free
 
 
 def why_not(frozen: Frozen, dtype: torch.dtype) -> str | None:
-    """Why the library's loader could not read this exactly as a model of `dtype`; None if it can."""
-    if frozen.inputs:
-        return "inputs are quantized"
+    """Why vLLM could not compute this exactly from a folder of `dtype` floats; None if it can."""
     if not frozen.weights:
         return "no weight is quantized"
     for name, w in frozen.weights.items():
-        spec = w.tensor.spec
-        if w.kind != "Linear":
-            return f"{name} belongs to {w.kind}, not to Linear"
-        if spec.offset is not None or spec.type.qmin == 0:
-            return f"{name} is asymmetric"
-        if spec.block[0] != 1:
-            return f"{name} has blocks of several rows"
-        if name in frozen.ties.values():
-            return f"{name} is tied"
-        if not torch.equal(w.tensor.scale.to(dtype).float(), w.tensor.scale.float()):
-            return f"{name} has scales that {dtype} cannot hold"
+        given = frozen.inputs.get(name.removesuffix(".weight"))
+        reason = _weight(w, name in frozen.ties.values(), dtype) or (given and _input(given, w.tensor.spec, dtype))
+        if reason:
+            return f"{name} {reason}"
+    alone = next((m for m in frozen.inputs if f"{m}.weight" not in frozen.weights), None)
+    return f"{alone} has a quantized input and a float weight" if alone else None
+
+
+def _weight(w: FrozenWeight, tied: bool, dtype: torch.dtype) -> str | None:
+    spec = w.tensor.spec
+    if w.kind != "Linear":
+        return f"belongs to {w.kind}, not to Linear"
+    if spec.type.qmin == 0 or spec.qtype == "ternary":
+        return f"has {spec.qtype} codes; int{spec.type.bits} is what fits"
+    if spec.offset not in (None, "zero_point"):
+        return "has a floating offset; 'zero_point' is what fits"
+    if spec.block[0] != 1:
+        return "has blocks of several rows"
+    if tied:
+        return "is tied"
+    return None if _holds(w.tensor.scale, dtype) else f"has scales that {dtype} cannot hold"
+
+
+def _input(given: FrozenInput, weight: QuantSpec, dtype: torch.dtype) -> str | None:
+    channel = weight.block == (1, -1)
+    if weight.offset is not None:
+        return "is asymmetric and its input is quantized"
+    if given.static:
+        if weight.type.bits != 8 or not channel:
+            return "has a static input, which goes with int8 weights and one scale a channel"
+        if replace(given.spec, scale="portable") != TENSOR:
+            return f"has an input on grid {given.spec.label()}; {TENSOR.label()} is what fits"
+        assert given.scale is not None
+        return None if _holds(given.scale, dtype) else f"has an input scale that {dtype} cannot hold"
+    if weight.type.bits not in (4, 8) or (weight.type.bits == 8 and not channel):
+        return "has a dynamic input, which goes with int4 weights or int8 ones with one scale a channel"
+    if given.spec != TOKEN:
+        return f"has an input on grid {given.spec.label()}, {given.spec.divide}; {TOKEN.label()}, reciprocal is vLLM's"
     return None
 
 
-def tensors(name: str, frozen: Frozen) -> dict[str, Tensor]:
-    """The tensors to store for one weight, under the library's names."""
+def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(scale.to(dtype).float(), scale.float())
+
+
+def caveats(frozen: Frozen) -> list[str]:
+    """What transformers does with such a folder that vLLM does not."""
+    out: list[str] = []
+    if any(not i.static for i in frozen.inputs.values()):
+        out.append(
+            "transformers' compressed-tensors path takes max|x| / 127.5 as a token's scale; training followed vLLM's "
+            "max|x| / 127, so figures from transformers are off by that. vLLM was not run"
+        )
+    if any(w.tensor.spec.offset for w in frozen.weights.values()):
+        out.append(
+            "transformers loads asymmetric weights only with quantization_config=CompressedTensorsConfig("
+            "dequantize=True), then exactly. vLLM was not run"
+        )
+    return out
+
+
+def tensors(name: str, frozen: Frozen, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors to store for one weight and its layer's input, under the library's names.
+
+    Layers with quantized inputs keep int8 codes (out, in) under the weight's own name ("int-quantized", at 4 bits
+    too); the others int32 words ("pack-quantized"). A zero point lies along `out`, and its scale is in `dtype`: the
+    library multiplies asymmetric codes in the dtype of the stored scale.
+    """
     w = frozen.weights[name]
     parts = encode(name, w.tensor)
-    shape = torch.tensor(w.shape)
-    return {f"{name}_packed": parts[name], f"{name}_scale": parts[f"{name}_scale"], f"{name}_shape": shape}
+    scale, zero = parts[f"{name}_scale"], parts.get(f"{name}_offset")
+    given = frozen.inputs.get(name.removesuffix(".weight"))
+    if given is not None:
+        out = {name: w.tensor.codes.contiguous(), f"{name}_scale": scale}
+        fixed = {} if given.scale is None else {f"{name.removesuffix('weight')}input_scale": given.scale.reshape(1)}
+        return out | fixed
+    out = {f"{name}_packed": parts[name], f"{name}_scale": scale, f"{name}_shape": torch.tensor(w.shape)}
+    return out if zero is None else {**out, f"{name}_scale": scale.to(dtype), f"{name}_zero_point": zero}
 
 
 def describe(frozen: Frozen) -> dict[str, Any]:
     """`quantization_config`: one group if all layers share a grid, else a group for each with its layers by name."""
-    by_grid: dict[tuple[int, int], list[str]] = {}
+    by_grid: dict[tuple[int, int, bool, str], list[str]] = {}
     for name, w in frozen.weights.items():
-        spec = w.tensor.spec
-        group = -1 if w.tensor.scale.shape[1] == 1 else spec.block[1]
-        by_grid.setdefault((spec.type.bits, group), []).append(name.removesuffix(".weight"))
+        spec, module = w.tensor.spec, name.removesuffix(".weight")
+        group = -1 if spec.block[1] == -1 or w.tensor.scale.shape[1] == 1 else spec.block[1]
+        given = frozen.inputs.get(module)
+        taken = "" if given is None else "tensor" if given.static else "token"
+        by_grid.setdefault((spec.type.bits, group, spec.offset is None, taken), []).append(module)
+    formats = {"int-quantized" if taken else "pack-quantized" for *_, taken in by_grid}
     left = [n for n, t in frozen.floats.items() if t.ndim == 2] + list(frozen.ties)
+    narrow = {w.tensor.spec.scale for w in frozen.weights.values() if w.tensor.spec.offset}
     return {
         "quant_method": METHOD,
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
@@ -66,73 +128,24 @@ def describe(frozen: Frozen) -> dict[str, Any]:
                 "weights": {
                     "num_bits": bits,
                     "type": "int",
-                    "symmetric": True,
+                    "symmetric": symmetric,
                     "strategy": "channel" if group == -1 else "group",
                     "group_size": None if group == -1 else group,
                     "dynamic": False,
                 },
-                "input_activations": None,
+                "input_activations": _activations(taken),
                 "output_activations": None,
+                "format": "int-quantized" if taken else "pack-quantized",
             }
-            for i, ((bits, group), modules) in enumerate(by_grid.items())
+            for i, ((bits, group, symmetric, taken), modules) in enumerate(by_grid.items())
         },
-        "ignore": sorted(n.removesuffix(".weight") for n in left if n.endswith(".weight")),
+        "ignore": sorted(re.sub(r"\.weight$", "", n) for n in left if n.endswith(".weight")),
         "ties": frozen.ties,
+        **({"asymmetric_scales": narrow.pop()} if len(narrow) == 1 else {}),  # stored wider than they need be
     }
 
 
-def translate(config: dict[str, Any], shapes: dict[str, list[int]], scales: dict[str, torch.dtype]) -> dict[str, Any]:
-    """The library's configuration -> one as `hf_layout.describe` writes it.
-
-    shapes: the float shape of every weight that is stored packed; scales: the dtype of its scales. Range and rounding
-    are not in the file, so the specs have a default there. Raises UserError for what is not integers packed in words.
-    """
-    if config.get("format") not in ("pack-quantized", "mixed-precision") or config.get("kv_cache_scheme"):
-        raise UserError(
-            f"compressed-tensors format {config.get('format')!r} (or a quantized cache) is not supported here; only "
-            "pack-quantized weights are. Load it with transformers instead"
-        )
-    specs: list[QuantSpec] = []
-    weights: dict[str, dict[str, Any]] = {}
-    for name, shape in shapes.items():
-        spec = _spec(_group(config, name.removesuffix(".weight")), name, scales[name])
-        if spec not in specs:
-            specs.append(spec)
-        weights[name] = {"spec": specs.index(spec), "kind": "Linear", "shape": shape}
-    return {
-        "quant_method": "qat",
-        "format": "pack-quantized",
-        "specs": [s.to_dict() for s in specs],
-        "weights": weights,
-        "inputs": {},
-        "ties": config.get("ties", {}),
-    }
-
-
-def _group(config: dict[str, Any], module: str) -> dict[str, Any]:
-    """The group of a layer: by name, by regular expression, by class, in that order, as the library looks."""
-
-    def named(targets: Iterable[str]) -> bool:
-        return module in targets
-
-    def matched(targets: Iterable[str]) -> bool:
-        return any(t.startswith("re:") and re.match(t[3:], module) for t in targets)
-
-    def classed(targets: Iterable[str]) -> bool:
-        return "Linear" in targets
-
-    groups = list(config["config_groups"].values())
-    for rule in (named, matched, classed):
-        for group in groups:
-            if rule(group["targets"]):
-                return group
-    raise UserError(f"{module} is stored packed, but no config group of quantization_config targets it")
-
-
-def _spec(group: dict[str, Any], name: str, scale: torch.dtype) -> QuantSpec:
-    w = group["weights"]
-    if group.get("input_activations") or w["type"] != "int" or w["strategy"] not in ("group", "channel", "tensor"):
-        raise UserError(f"{name}: only integer weights by group, channel or tensor and float inputs can be read")
-    block = {"group": (1, w["group_size"]), "channel": (1, -1), "tensor": (-1, -1)}[w["strategy"]]
-    asymmetric = {} if w["symmetric"] else {"range": "minmax", "offset": "zero_point"}
-    return QuantSpec(qtype=f"int{w['num_bits']}", block=block, scale=str(scale).removeprefix("torch."), **asymmetric)
+def _activations(taken: str) -> dict[str, Any] | None:
+    if not taken:
+        return None
+    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": taken, "dynamic": taken == "token"}

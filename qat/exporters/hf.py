@@ -1,47 +1,45 @@
 """A Hugging Face folder with packed integer weights, for any architecture that transformers has.
 
-Where plain transformers reads it exactly (see compressed_tensors.py) `quant_method` is "compressed-tensors", else
+Where vLLM computes exactly what was trained (see compressed_tensors.py) `quant_method` is "compressed-tensors", else
 "qat": `from_pretrained` loads that after `import qat`, and without it raises an error instead of inventing weights.
 """
 
-import json
-from collections.abc import Generator
-from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
 from qat.exporters import compressed_tensors
+from qat.exporters.compressed_tensors_read import our_name, ours, translate
+from qat.exporters.hf_folder import (
+    base_config,
+    float_dtype,
+    read_config,
+    read_tensors,
+    refuse_model,
+    tokenizer_files,
+    understood,
+    weight_files,
+    write,
+)
 from qat.exporters.hf_layout import decode, describe, encode, encode_input, matrix
 from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec
 
 RUNTIME = "transformers_folder"
 WHOLE_CONFIG = True  # config.json keeps every key of the frozen model's
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
-_OURS = {"config.json", INDEX, "manifest.json", "README.md"}
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
     """Why the folder cannot hold this parameter, and what to do; None if it can."""
-    if config and not config.get("model_type"):
-        return "this is not a transformers model (its config has no model_type); export it to onnx"
+    if reason := refuse_model(config):
+        return reason
     if spec is not None and matrix(kind, shape)[1] == 1:
         return "a layer with one input packs into the shape of its float weight; leave it out of the rules"
     return None
-
-
-def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
-    """The dtype of an unquantized parameter in the folder: its own."""
-    return dtype
 
 
 def export(frozen: Frozen, path: Path) -> None:
@@ -52,66 +50,40 @@ def export(frozen: Frozen, path: Path) -> None:
     for name, w in frozen.weights.items():
         if reason := refuse(name, w.kind, w.shape, w.tensor.spec, frozen.config or {"": None}):
             raise UserError(f"{name}: {reason}")
-    dtype = float_dtype(frozen)
-    plain = compressed_tensors.why_not(frozen, dtype) is None
-    config = {k: v for k, v in frozen.config.items() if k != "_name_or_path"}
-    config |= {"dtype": str(dtype).removeprefix("torch.")}
+    plain = compressed_tensors.why_not(frozen, float_dtype(frozen)) is None
+    config = base_config(frozen)
     config |= {"quantization_config": compressed_tensors.describe(frozen) if plain else describe(frozen)}
-    tensors = packed_tensors(frozen, plain)
-    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    for name, content in frozen.tokenizer.items():
-        (path / name).write_bytes(content)
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
-    for file, names in split.filename_to_tensors.items():
-        save_file({n: tensors[n] for n in names}, path / file, {"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+    write(path, config, packed_tensors(frozen, plain), frozen.tokenizer)
 
 
-def float_dtype(frozen: Frozen) -> torch.dtype:
-    """The dtype in which the model must be loaded for its unquantized parameters to keep their values."""
-    found = [t.dtype for t in frozen.floats.values() if t.is_floating_point()]
-    return reduce(torch.promote_types, found) if found else torch.float32
+def caveats(frozen: Frozen) -> list[str]:
+    """What its readers do differently from training, or cannot do; for the model card and the report of `verify`."""
+    why = compressed_tensors.why_not(frozen, float_dtype(frozen))
+    if why is None:
+        return compressed_tensors.caveats(frozen)
+    return [f"vLLM and plain transformers cannot read it ({why}); `import qat` first"]
 
 
 def packed_tensors(frozen: Frozen, plain: bool) -> dict[str, Tensor]:
     """Every tensor of the folder. plain: under compressed-tensors' names."""
     out = {n: t.contiguous() for n, t in frozen.floats.items()}
+    dtype = float_dtype(frozen)
     for name, w in frozen.weights.items():
-        out |= compressed_tensors.tensors(name, frozen) if plain else encode(name, w.tensor)
+        out |= compressed_tensors.tensors(name, frozen, dtype) if plain else encode(name, w.tensor)
     for name, i in frozen.inputs.items():
-        out |= encode_input(name, i)
+        out |= {} if plain else encode_input(name, i)
     return out
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a folder. Raises UserError if there are none, VerifyError if one of them is missing."""
-    if (path / INDEX).is_file():
-        with _understood(path / INDEX):
-            names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (path / WEIGHTS).is_file():
-        names = [WEIGHTS]
-    else:
-        raise UserError(f"{path} holds no {WEIGHTS} (or its shards and {INDEX})")
-    if lost := [n for n in names if not (path / n).is_file()]:
-        raise VerifyError(f"{path / lost[0]} is listed in the index but missing")
-    return [path / n for n in names]
 
 
 def quantization(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(config without its quantization, the quantization as `hf_layout.describe` writes it) of a folder.
 
     Reads the names, shapes and dtypes of the tensors but not their contents, except compressed-tensors' `_shape`.
-    Raises UserError if the folder is not quantized in a way that can be read here.
+    Raises UserError if the folder is not quantized in a way that can be read here, VerifyError if it is damaged.
     """
-    try:
-        config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path / 'config.json'} is missing or not valid JSON ({e})") from e
-    with _understood(path / "config.json"):
-        found = config.pop("quantization_config", None) or {}
-        return config, _described(path, found)
+    config = read_config(path)
+    with understood(path / "config.json"):
+        return config, _described(path, config.pop("quantization_config", None) or {})
 
 
 def _described(path: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +93,14 @@ def _described(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     if method != compressed_tensors.METHOD:
         said = f"its quant_method is {method!r}" if method else "it is not quantized"
         raise UserError(f"{path}: {said}; only quant_method 'qat' and 'compressed-tensors' can be read here")
+    try:
+        return translate(found, *_shapes_and_scales(path))
+    except SafetensorError as e:
+        raise VerifyError(f"a weight file of {path} cannot be read: {e}") from e
+
+
+def _shapes_and_scales(path: Path) -> tuple[dict[str, list[int]], dict[str, torch.dtype]]:
+    """Of compressed-tensors: the float shape of every quantized weight, the dtypes of its and its input's scales."""
     shapes: dict[str, list[int]] = {}
     scales: dict[str, torch.dtype] = {}
     for file in weight_files(path):
@@ -128,29 +108,11 @@ def _described(path: Path, found: dict[str, Any]) -> dict[str, Any]:
             for key in f.keys():  # noqa: SIM118
                 if key.endswith(".weight_shape"):
                     shapes[key.removesuffix("_shape")] = f.get_tensor(key).tolist()
-                elif key.endswith(".weight_scale"):
+                elif key.endswith((".weight_scale", ".input_scale")):
                     scales[key.removesuffix("_scale")] = f.get_slice(key)[:0].dtype
-    return compressed_tensors.translate(found, shapes, scales)
-
-
-@contextmanager
-def _understood(file: Path) -> Generator[None]:
-    """What goes wrong in here is the file's fault: VerifyError."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise VerifyError(f"{file} is damaged: it does not describe the folder's tensors ({_said(e)})") from e
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0]
-
-
-def our_name(name: str) -> str | None:
-    """A tensor's name in the "qat" dialect; None for what only compressed-tensors needs."""
-    if name.endswith(".weight_shape"):
-        return None
-    return name.removesuffix("_packed") if name.endswith(".weight_packed") else name.replace("_zero_point", "_offset")
+                elif key.endswith(".weight") and f.get_slice(key).get_dtype() == "I8":
+                    shapes[key] = list(f.get_slice(key).get_shape())
+    return shapes, scales
 
 
 def read(path: Path) -> Frozen:
@@ -160,17 +122,9 @@ def read(path: Path) -> Frozen:
     """
     path = Path(path)
     config, described = quantization(path)
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(path):
-        try:
-            with safe_open(file, "pt") as f:
-                for key in f.keys():  # noqa: SIM118
-                    if name := our_name(key):
-                        tensors[name] = f.get_tensor(key)
-        except (SafetensorError, OSError) as e:
-            raise VerifyError(f"{file} cannot be read: {e}") from e
     weights, inputs = {}, {}
-    with _understood(path / "config.json"):
+    with understood(path / "config.json"):
+        tensors = {n: ours(n, t, described) for key, t in read_tensors(path)[0].items() if (n := our_name(key))}
         specs = [QuantSpec.from_dict(s) for s in described["specs"]]
         for name, entry in described["weights"].items():
             try:
@@ -181,5 +135,4 @@ def read(path: Path) -> Frozen:
             scale, offset = (tensors.pop(f"{module}.input_{part}", None) for part in ("scale", "offset"))
             inputs[module] = FrozenInput(specs[entry["spec"]], entry["static"], scale, offset)
         ties: dict[str, str] = dict(described["ties"])
-    files = [f for f in sorted(path.iterdir()) if f.is_file() and f.name not in _OURS and f.suffix != ".safetensors"]
-    return Frozen(weights, tensors, inputs, ties, config, {f.name: f.read_bytes() for f in files})
+    return Frozen(weights, tensors, inputs, ties, config, tokenizer_files(path))

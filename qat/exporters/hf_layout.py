@@ -30,6 +30,12 @@ def _plain(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype that it was stored wider than, if that changes no value; else x, for `verify` to name."""
+    out = x.to(dtype)
+    return out if torch.equal(out.float(), x.float()) else x
+
+
 def to_words(codes: Tensor, spec: QuantSpec) -> Tensor:
     """Codes (R, C), any integer dtype -> int32 words (R, ceil(C * bits / 32))."""
     stored = _plain(codes.to(spec.type.storage)).view(torch.uint8)

@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from qat.errors import UserError, VerifyError
-from qat.exporters.hf import float_dtype, our_name, packed_tensors, quantization, weight_files
+from qat.exporters.compressed_tensors_read import our_name, ours
+from qat.exporters.hf import packed_tensors, quantization
+from qat.exporters.hf_folder import float_dtype, weight_files
 from qat.exporters.hf_layout import describe
 from qat.frozen import Frozen
 from qat.packed.replace import replace_layers, tie_layers
@@ -90,8 +92,14 @@ def _source(path: Path | str | Frozen) -> Iterator[tuple[dict[str, Any], dict[st
                 f = stack.enter_context(safe_open(file, "pt"))
             except SafetensorError as e:
                 raise VerifyError(f"{file} cannot be read: {e}") from e
-            tensors |= {name: f.get_slice(key) for key in f.keys() if (name := our_name(key))}  # noqa: SIM118
+            tensors |= {name: _lazy(f, key, name, described) for key in f.keys() if (name := our_name(key))}  # noqa: SIM118
         yield config, described, tensors, path
+
+
+def _lazy(file: Any, key: str, name: str, described: dict[str, Any]) -> Any:
+    """A slice yet to be read, or the tensor where it is stored in another form than packed layers have."""
+    piece = file.get_slice(key)
+    return ours(name, file.get_tensor(key), described) if piece.get_dtype() == "I8" or "_scale" in name else piece
 
 
 def _build(

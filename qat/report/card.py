@@ -4,12 +4,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from qat.exporters import target_module
 from qat.frozen import Frozen
 from qat.report.schema import Fallback, Stages, read_report
 
+_PLAIN = "python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\""
 RUN = {
     "gguf": "llama-cli -m model.gguf -p 'The'",
     "hf": "python -c \"{plugin}from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\"",
+    **dict.fromkeys(("torchao", "gptq", "gptq_v1", "awq"), _PLAIN),
     "onnx": "python -c \"import onnxruntime as o; print(o.InferenceSession('model.onnx').get_inputs()[0])\"",
 }
 
@@ -53,9 +56,10 @@ def card(frozen: Frozen, target: str, *, title: str, data: str, stages: Stages, 
             quality = stage.get("perplexity", stage.get("accuracy"))  # type: ignore[attr-defined]
             lines.append(f"| {name} | {stage['loss']:.5f} | {quality:.4f} |")  # type: ignore[index]
         lines.append("")
+    caveats = getattr(target_module(target), "caveats", None)
+    lines += [f"> {c}." for c in (caveats(frozen) if caveats else [])] + [""]
     if target in RUN:
-        ours = target == "hf" and any(
-            w.kind != "Linear" or w.tensor.offset is not None for w in frozen.weights.values()
-        )
+        # what plain transformers cannot load says so among the caveats
+        ours = target == "hf" and any("import qat" in line for line in lines)
         lines += ["```", RUN[target].replace("{plugin}", "import qat; " if ours else ""), "```", ""]
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.runtimes.environments import interpreter
 
 Value = Tensor | Sequence[Sequence[int]] | Sequence[str] | str
 
@@ -75,7 +76,15 @@ def run(runtime: str, path: Path, *, timeout: float = 1800.0, **calls: Value) ->
     with tempfile.TemporaryDirectory(prefix="qat-runtime-") as folder:
         request, answer = Path(folder, "request.safetensors"), Path(folder, "answer.safetensors")
         _write(calls, request)
-        command = [sys.executable, "-m", f"qat.runtimes.{runtime}", request, answer, "--path", Path(path).absolute()]
+        command = [
+            interpreter(runtime),
+            "-m",
+            f"qat.runtimes.{runtime}",
+            request,
+            answer,
+            "--path",
+            Path(path).absolute(),
+        ]
         try:
             done = subprocess.run(
                 [str(c) for c in command],

@@ -8,12 +8,23 @@ input is a JSON object: a function's name, its argument and the file for its ans
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+
+
+def load(folder: str) -> Any:
+    """The folder's model. Asymmetric compressed-tensors weights load only if they are dequantized on the way."""
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    groups = config.get("config_groups", {}).values()
+    options = {}
+    if any(not group["weights"]["symmetric"] for group in groups):
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
 
 
 @torch.no_grad()
@@ -48,7 +59,7 @@ def main() -> None:
             answer["lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         else:
             if model is None:
-                model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+                model = load(folder)
             if request["call"] == "score":
                 answer = {"score": score(model, load_file(request["argument"])["ids"])}
             else:

@@ -6,7 +6,6 @@ The model lives in one more process (see plain_transformers.py), since this modu
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from functools import cache
 from importlib.metadata import PackageNotFoundError
@@ -20,7 +19,13 @@ from torch import Tensor
 from qat.errors import UserError, VerifyError
 from qat.progress import tell
 from qat.runtimes import main
+from qat.runtimes.environments import installed_in, interpreter
 
+HELPERS = {
+    "qat": "qat-as-shipped",
+    **{name: name for name in ("compressed-tensors", "torchao")},
+    **{name: "gptqmodel" for name in ("gptq", "awq")},  # in an environment of its own
+}
 SCRIPT = Path(__file__).with_name("plain_transformers.py")
 
 
@@ -33,6 +38,13 @@ def method(path: Path) -> str | None:
     return config.get("quantization_config", {}).get("quant_method")
 
 
+def _says_absent(line: str, package: str) -> bool:
+    """Whether a line of a traceback says that a package is missing."""
+    return line.startswith(("ImportError", "ModuleNotFoundError", "ValueError")) and (
+        package.replace("-", "_") in line.replace("-", "_") and ("install" in line or "No module" in line)
+    )
+
+
 class _Process:
     """A running plain_transformers.py; it ends with this process, whose end closes its standard input."""
 
@@ -40,7 +52,13 @@ class _Process:
         self.path = path
         self.folder = tempfile.TemporaryDirectory(prefix="qat-transformers-")
         self.log = (Path(self.folder.name) / "log").open("w+b")
-        command = [sys.executable, "-P", str(SCRIPT), str(path), *(["--with-qat"] if method(path) == "qat" else [])]
+        command = [
+            interpreter(HELPERS.get(method(path) or "", "")),
+            "-P",
+            str(SCRIPT),
+            str(path),
+            *(["--with-qat"] if method(path) == "qat" else []),
+        ]
         self.child = subprocess.Popen(
             command,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -70,8 +88,9 @@ class _Process:
         self.child.wait()
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()
-        if any(line.startswith("ImportError") and "compressed" in line for line in lines):
-            raise UserError("compressed-tensors is not installed: pip install compressed-tensors")
+        absent = next((p for p in HELPERS.values() if any(_says_absent(line, p) for line in lines)), None)
+        if absent:
+            raise UserError(f"{absent} is not installed: pip install {absent}")
         raise VerifyError(f"transformers cannot run {self.path}: {lines[-1] if lines else 'it ended without a word'}")
 
 
@@ -99,10 +118,10 @@ def tokenize(path: Path, lines: list[str]) -> list[list[int]]:
 
 def version(path: Path, _: Tensor | str | None = None) -> str:
     """Which transformers runs here, and with what, for the report."""
-    helper = {"qat": "qat-as-shipped", "compressed-tensors": "compressed-tensors"}.get(method(path) or "")
+    helper = HELPERS.get(method(path) or "")
     said = f"transformers {installed('transformers')}"
     try:
-        return f"{said}, {helper} {installed(helper)}" if helper else said
+        return f"{said}, {helper} {installed_in(helper)}" if helper else said
     except PackageNotFoundError:  # a source tree that is not installed
         return f"{said}, {helper}"
 

@@ -12,7 +12,7 @@ from prepared_models import ALL, CHANNEL, INT4, INT8, LINEAR, NEGATIVE, ZERO, lo
 from safetensors.torch import load_file
 
 from qat.errors import UserError, VerifyError
-from qat.exporters import export, hf
+from qat.exporters import export, hf, hf_folder
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec
 
@@ -65,7 +65,7 @@ def test_a_tied_tensor_is_stored_once_and_everything_packed_is_int32(tmp_path: P
 
 
 def test_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(hf_folder, "SHARD_BYTES", 60_000)
     _, frozen = prepared("llama", ALL)
     path = export(frozen, "hf", tmp_path / "out")
     assert len(list(path.glob("model-*.safetensors"))) > 1

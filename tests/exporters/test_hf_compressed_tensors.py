@@ -129,7 +129,8 @@ def test_size_is_theirs(dtype: torch.dtype, tmp_path: Path) -> None:
     ("change", "why"),
     [
         ({"scale": "float32"}, "cannot hold"),
-        ({"range": "minmax", "offset": "zero_point"}, "asymmetric"),
+        ({"qtype": "uint4", "range": "minmax", "offset": "zero_point"}, "int4 is what fits"),
+        ({"range": "minmax", "offset": "float16"}, "floating offset"),
         ({"block": (2, 32)}, "several rows"),
     ],
 )

@@ -1,0 +1,94 @@
+"""An AWQ folder, version "gemm", as gptqmodel and vLLM read it: frozen int4 codes packed, never re-quantized.
+
+For a Linear (out, in) in groups of g: `qweight` int32 (in, out / 8), `qzeros` int32 (in / g, out / 8), `scales` float16
+(in / g, out). Codes and zero points count from 0 and lie along `out`, eight a word in the order 0 2 4 6 1 3 5 7.
+The format is always asymmetric: a symmetric grid has zero points of 8. Activation-aware scaling is not part of it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qat.errors import VerifyError
+from qat.exporters import gptq_layout
+from qat.exporters.gptq_layout import (
+    check,
+    collect,
+    config_of,
+    open_folder,
+    refuse_input,
+    refuse_together,
+    restored,
+    unsigned,
+)
+from qat.exporters.hf_folder import write
+from qat.frozen import Frozen, FrozenWeight
+from qat.packing import pack, unpack
+from qat.scheme import QuantSpec
+
+RUNTIME = "transformers_folder"
+METHOD = "awq"
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds column ORDER[i]
+INVERSE = [ORDER.index(i) for i in range(8)]
+
+__all__ = ["RUNTIME", "export", "read", "refuse", "refuse_input", "refuse_together"]
+
+
+def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
+    """Why AWQ cannot hold this parameter, and what to do; None if it can."""
+    if spec is not None and spec.type.bits != 4:
+        return f"AWQ has 4 bits, not {spec.type.bits}: use int4, or target gptq"
+    return gptq_layout.refuse(kind, shape, spec, config, METHOD)
+
+
+def export(frozen: Frozen, path: Path) -> None:
+    """Write the folder. Raises UserError for weights on different grids or quantized inputs."""
+    spec = check(frozen)
+    tensors = {n: t.contiguous() for n, t in frozen.floats.items()}
+    for name, w in frozen.weights.items():
+        tensors |= {f"{name.removesuffix('weight')}{k}": t for k, t in words(w).items()}
+    left = [n for n, t in frozen.floats.items() if t.ndim == 2 and n.endswith(".weight")] + list(frozen.ties)
+    quantization = {
+        "quant_method": METHOD,
+        "version": "gemm",
+        "bits": 4,
+        "group_size": spec.block[1],
+        "zero_point": True,
+        "modules_to_not_convert": sorted(n.removesuffix(".weight") for n in left),
+    }
+    write(path, config_of(frozen, quantization), tensors, frozen.tokenizer)
+
+
+def words(w: FrozenWeight) -> dict[str, Tensor]:
+    """The three tensors of one layer."""
+    codes, zero, scale = unsigned(w)
+    return {"qweight": _pack(codes.t()), "qzeros": _pack(zero.t()), "scales": scale.t().contiguous()}
+
+
+def _pack(x: Tensor) -> Tensor:
+    """(R, C) below 16 -> int32 (R, C / 8)."""
+    return pack(x.reshape(x.shape[0], -1, 8)[..., ORDER].reshape(x.shape), 4)
+
+
+def _unpack(x: Tensor) -> Tensor:
+    """The inverse of `_pack`, int32."""
+    flat = unpack(x, 4, x.shape[1] * 8)
+    return flat.reshape(x.shape[0], -1, 8)[..., INVERSE].reshape(flat.shape).int()
+
+
+def read(path: Path) -> Frozen:
+    """The folder back, of any writer of version "gemm". Raises UserError if it is not AWQ, VerifyError if damaged."""
+    path = Path(path)
+    config, found, about, tensors = open_folder(path, METHOD)
+    weights: dict[str, FrozenWeight] = {}
+    try:
+        if str(found.get("version", found.get("format", "gemm"))).lower() != "gemm" or int(found["bits"]) != 4:
+            raise ValueError(f"version {found.get('version')!r} with {found['bits']} bits; gemm with 4 can be read")
+        for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+            codes, zero = (_unpack(tensors.pop(f"{module}.{k}")).t().contiguous() for k in ("qweight", "qzeros"))
+            scale = tensors.pop(f"{module}.scales").t().contiguous()
+            weights[f"{module}.weight"] = restored(f"{module}.weight", codes, zero, scale, found, about)
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
+    return collect(path, config, about, weights, tensors)

@@ -1,0 +1,111 @@
+"""A GPTQ folder, checkpoint format v2, as gptqmodel and vLLM read it: frozen codes packed, never re-quantized.
+
+For a Linear (out, in) of b bits, groups of g: `qweight` int32 (in * b / 32, out), codes from 0 on packed along `in`;
+`qzeros` int32 (in / g, out * b / 32), zero points packed along `out`; `scales` float16 (in / g, out); `g_idx` int32
+(in,). Low bits first. Version 1 (target gptq_v1) stores zero points less one, which corrupts neighbours where one is 0.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.errors import VerifyError
+from qat.exporters import gptq_layout
+from qat.exporters.gptq_layout import (
+    check,
+    collect,
+    config_of,
+    open_folder,
+    refuse_input,
+    refuse_together,
+    restored,
+    unsigned,
+)
+from qat.exporters.hf_folder import write
+from qat.frozen import Frozen, FrozenWeight
+from qat.packing import pack, unpack
+from qat.scheme import QuantSpec
+
+RUNTIME = "transformers_folder"
+METHOD = "gptq"
+BITS = (2, 4, 8)
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+__all__ = ["RUNTIME", "export", "read", "refuse", "refuse_input", "refuse_together"]
+
+
+def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
+    """Why GPTQ cannot hold this parameter, and what to do; None if it can."""
+    if spec is not None and spec.type.bits not in BITS:
+        return f"{spec.type.bits} bits do not fill words; int{min(BITS, key=lambda b: abs(b - spec.type.bits))} does"
+    return gptq_layout.refuse(kind, shape, spec, config, METHOD)
+
+
+def export(frozen: Frozen, path: Path) -> None:
+    """Write the folder. Raises UserError for weights on different grids or quantized inputs."""
+    write_version(frozen, path, version=2)
+
+
+def write_version(frozen: Frozen, path: Path, version: int) -> None:
+    """`export` in checkpoint format 1 or 2."""
+    spec = check(frozen)
+    tensors = {n: t.contiguous() for n, t in frozen.floats.items()}
+    for name, w in frozen.weights.items():
+        tensors |= {f"{name.removesuffix('weight')}{k}": t for k, t in words(w, version).items()}
+    quantized = sorted({n.removesuffix(".weight").split(".", 3)[-1] for n in frozen.weights})
+    quantization = {
+        "quant_method": METHOD,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "bits": spec.type.bits,
+        "group_size": spec.block[1],
+        "sym": spec.offset is None,
+        "desc_act": False,
+        "pack_dtype": "int32",
+        "modules_in_block_to_quantize": [quantized],
+    }
+    write(path, config_of(frozen, quantization), tensors, frozen.tokenizer)
+
+
+def words(w: FrozenWeight, version: int) -> dict[str, Tensor]:
+    """The four tensors of one layer. Version 1 takes zero points of at least 1."""
+    codes, zero, scale = unsigned(w)
+    zero = zero - 1 if version == 1 else zero
+    bits, columns = w.tensor.spec.type.bits, codes.shape[1]
+    return {
+        "qweight": pack(codes, bits).t().contiguous(),
+        "qzeros": pack(zero.t(), bits).contiguous(),
+        "scales": scale.t().contiguous(),
+        "g_idx": (torch.arange(columns) // (columns // scale.shape[1])).int(),
+    }
+
+
+def read(path: Path) -> Frozen:
+    """The folder back, of any writer, version 1 or 2. Raises UserError if it is not GPTQ, VerifyError if damaged."""
+    path = Path(path)
+    config, found, about, tensors = open_folder(path, METHOD)
+    version_1 = found.get("checkpoint_format", found.get("format", "gptq")) == "gptq"
+    weights: dict[str, FrozenWeight] = {}
+    try:
+        for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+            parts = [tensors.pop(f"{module}.{k}") for k in PARTS]
+            weights[f"{module}.weight"] = _weight(f"{module}.weight", parts, found, about, version_1)
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
+    return collect(path, config, about, weights, tensors)
+
+
+def _weight(
+    name: str, parts: list[Tensor], found: dict[str, Any], about: dict[str, Any], version_1: bool
+) -> FrozenWeight:
+    qweight, qzeros, scales, order = parts
+    bits = int(found["bits"])
+    rows, columns = qweight.shape[1], qweight.shape[0] * 32 // bits
+    codes = unpack(qweight.t().contiguous(), bits, columns).int()
+    zero = unpack(qzeros, bits, rows).t().int()
+    if version_1:
+        zero = (zero + 1) % 2**bits
+    if not torch.equal(order, (torch.arange(columns) // (columns // scales.shape[0])).int()):
+        raise ValueError(f"{name} has its columns in another order (desc_act), which cannot be read")
+    return restored(name, codes, zero.contiguous(), scales.t().contiguous(), found, about)

@@ -1,0 +1,136 @@
+"""What GPTQ and AWQ folders share: grids of one width, float16 scales, zero points counted from 0, one grid for all."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.errors import UserError, VerifyError
+from qat.exporters.hf_folder import (
+    base_config,
+    described,
+    frozen_weight,
+    read_config,
+    read_tensors,
+    refuse_model,
+    said_of,
+    tokenizer_files,
+)
+from qat.frozen import Frozen, FrozenWeight
+from qat.scheme import QuantSpec
+
+GROUPS = (16, 32, 64, 128)
+
+
+def refuse(
+    kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any], method: str
+) -> str | None:
+    """Why the format cannot hold this parameter, and what to do; None if it can."""
+    if reason := refuse_model(config):
+        return reason
+    if spec is None:
+        return None
+    bits = spec.type.bits
+    if kind != "Linear":
+        return f"{method} is for Linear layers, not {kind}; leave it out of the rules"
+    if spec.block[0] != 1 or spec.block[1] not in (*GROUPS, -1):
+        return (
+            f"block {spec.block} does not fit; (1, {_nearest(spec.block[1])}) is the nearest, or (1, -1), a whole row"
+        )
+    if spec.qtype == "ternary" or spec.offset not in (None, "zero_point"):
+        return f"grid {spec.label()} does not fit; int{bits}, symmetric or with a zero point, is the nearest"
+    if spec.scale not in ("portable", "float16"):
+        return f"scales are stored in float16: use scale 'portable' (exact in bfloat16 too), not {spec.scale!r}"
+    if any(n * bits % 32 for n in shape):
+        return f"int{bits} codes are packed into int32 words both ways, so {shape} must be multiples of {32 // bits}"
+    return None
+
+
+def _nearest(group: int) -> int:
+    return min(GROUPS, key=lambda g: abs(g - group))
+
+
+def refuse_input(name: str, weight: QuantSpec | None, spec: QuantSpec | None, static: bool) -> str | None:
+    """Why this layer's input cannot be as it was trained; None if it is float."""
+    return None if spec is None else "its input is quantized, but this format's layers take float inputs"
+
+
+def refuse_together(specs: Mapping[str, QuantSpec]) -> str | None:
+    """Why these weights cannot be in one file, naming one; None if they can."""
+    first, *others = specs
+    want = _global(specs[first])
+    odd = next((n for n in others if _global(specs[n]) != want), None)
+    if odd is None:
+        return None
+    return f"{odd} ({specs[odd].label()}) and {first} ({specs[first].label()}) differ; the format has one grid"
+
+
+def _global(spec: QuantSpec) -> tuple[int, int, bool]:
+    return spec.type.bits, spec.block[1], spec.offset is None
+
+
+def check(frozen: Frozen) -> QuantSpec:
+    """The grid of all weights. Raises UserError if there is more than one, or a quantized input."""
+    specs = {n: w.tensor.spec for n, w in frozen.weights.items()}
+    for name, i in frozen.inputs.items():
+        if why := refuse_input(name, None, i.spec, i.static):
+            raise UserError(f"{name}: {why}")
+    if not specs:
+        raise UserError("no weight is quantized")
+    if why := refuse_together(specs):
+        raise UserError(why)
+    return next(iter(specs.values()))
+
+
+def unsigned(w: FrozenWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes (out, in), zero points (out, in / g), both from 0 on, scales (out, in / g) float16) of one weight."""
+    q = w.tensor
+    zero = torch.zeros(q.scale.shape, dtype=torch.int32) if q.offset is None else q.offset.int()
+    low = q.spec.type.qmin
+    return q.codes.int() - low, zero - low, q.scale.to(torch.float16)
+
+
+def config_of(frozen: Frozen, quantization: dict[str, Any]) -> dict[str, Any]:
+    """config.json: the model's, ours under "qat", and the format's."""
+    return base_config(frozen) | described(frozen) | {"quantization_config": quantization}
+
+
+def open_folder(path: Path, method: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """(config, quantization_config, our key "qat", tensors). Raises UserError for a folder of another method."""
+    config = read_config(path)
+    found = config.pop("quantization_config", None) or {}
+    if found.get("quant_method") != method:
+        raise UserError(f"{path}: its quant_method is {found.get('quant_method')!r}, not {method!r}")
+    return config, found, config.pop("qat", None) or {}, read_tensors(path)[0]
+
+
+def restored(
+    name: str, codes: Tensor, zero: Tensor, scale: Tensor, found: dict[str, Any], about: dict[str, Any]
+) -> FrozenWeight:
+    """One weight from unsigned codes (out, in), zero points and scales (out, in / g).
+
+    Raises VerifyError if a symmetric file's zero points are not the middle code.
+    """
+    bits, said = int(found["bits"]), said_of(name, about or None)
+    middle = bool((zero == 2 ** (bits - 1)).all())
+    symmetric = said.offset is None if said else bool(found.get("sym", False)) and middle
+    if symmetric and not middle:
+        raise VerifyError(f"{name} is symmetric, but its zero points are not all {2 ** (bits - 1)}")
+    kind = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
+    qtype = f"int{bits}" if symmetric else f"uint{bits}"
+    block = (1, -1) if scale.shape[1] == 1 else (1, codes.shape[1] // scale.shape[1])
+    spec = QuantSpec(qtype=qtype, block=block, scale="float16", **kind)
+    return frozen_weight(codes, scale, None if symmetric else zero, spec, said)
+
+
+def collect(
+    path: Path,
+    config: dict[str, Any],
+    about: dict[str, Any],
+    weights: dict[str, FrozenWeight],
+    floats: dict[str, Tensor],
+) -> Frozen:
+    """The folder's Frozen."""
+    return Frozen(weights, floats, ties=about.get("ties", {}), config=config, tokenizer=tokenizer_files(path))

@@ -1,0 +1,164 @@
+"""What all targets in Hugging Face folders share: config.json, weight files in shards, the tokenizer; and reading them.
+
+A target that is not "hf" itself also keeps `hf_layout.describe` under the config's key "qat": its own format does not
+say in which dtype a scale was decided, or by which rule.
+"""
+
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qat.affine import QTensor
+from qat.errors import UserError, VerifyError
+from qat.exporters.hf_layout import describe, narrow
+from qat.frozen import Frozen, FrozenInput, FrozenWeight
+from qat.scheme import QuantSpec, check_block, stored_dtype
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+_OURS = {"config.json", INDEX, "manifest.json", "README.md"}
+
+
+def refuse_model(config: dict[str, Any]) -> str | None:
+    """Why a Hugging Face folder cannot hold this model; None if it can."""
+    if config and not config.get("model_type"):
+        return "this is not a transformers model (its config has no model_type); export it to onnx"
+    return None
+
+
+def float_dtype(frozen: Frozen) -> torch.dtype:
+    """The dtype in which the model must be loaded for its unquantized parameters to keep their values."""
+    found = [t.dtype for t in frozen.floats.values() if t.is_floating_point()]
+    return reduce(torch.promote_types, found) if found else torch.float32
+
+
+def base_config(frozen: Frozen) -> dict[str, Any]:
+    """config.json without anything about quantization."""
+    config = {k: v for k, v in frozen.config.items() if k != "_name_or_path"}
+    return config | {"dtype": str(float_dtype(frozen)).removeprefix("torch.")}
+
+
+def described(frozen: Frozen) -> dict[str, Any]:
+    """The config's key "qat"."""
+    return {"qat": {k: v for k, v in describe(frozen).items() if k not in ("quant_method", "format")}}
+
+
+def write(
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    tokenizer: dict[str, bytes],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write the folder. metadata: of every weight file's header."""
+    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    for name, content in tokenizer.items():
+        (path / name).write_bytes(content)
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        save_file({n: tensors[n] for n in names}, path / file, {"format": "pt", **(metadata or {})})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json. Raises UserError if it is missing or not valid JSON."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path / 'config.json'} is missing or not valid JSON ({e})") from e
+
+
+@contextmanager
+def understood(file: Path) -> Generator[None]:
+    """What goes wrong in here is the file's fault: VerifyError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        said = f"{type(e).__name__}: {e}".split("\n")[0]
+        raise VerifyError(f"{file} is damaged: it does not describe the folder's tensors ({said})") from e
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises UserError if there are none, VerifyError if one of them is missing."""
+    if (path / INDEX).is_file():
+        with understood(path / INDEX):
+            names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (path / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    else:
+        raise UserError(f"{path} holds no {WEIGHTS} (or its shards and {INDEX})")
+    if lost := [n for n in names if not (path / n).is_file()]:
+        raise VerifyError(f"{path / lost[0]} is listed in the index but missing")
+    return [path / n for n in names]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(every tensor of the folder, the headers' metadata). Raises VerifyError if a file is damaged."""
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in weight_files(path):
+        try:
+            with safe_open(file, "pt") as f:
+                metadata |= f.metadata() or {}
+                tensors |= {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as e:
+            raise VerifyError(f"{file} cannot be read: {e}") from e
+    return tensors, metadata
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    """The folder's files that are not weights, configuration, manifest or card."""
+    files = [f for f in sorted(path.iterdir()) if f.is_file() and f.name not in _OURS and f.suffix != ".safetensors"]
+    return {f.name: f.read_bytes() for f in files}
+
+
+def frozen_weight(
+    unsigned: Tensor, scale: Tensor, offset: Tensor | None, spec: QuantSpec, said: QuantSpec | None
+) -> FrozenWeight:
+    """A Linear's weight read from a file: `unsigned` codes (out, in) from 0 on, a zero point counted likewise.
+
+    spec: what the format says; said: what the config's key "qat" does. Of the latter only what the format cannot say
+    is believed: whether codes are signed, and narrower dtypes that change no value. Raises ValueError if the two
+    contradict each other.
+    """
+    if said is not None:
+        shape = unsigned.shape[0], unsigned.shape[1]
+        same = check_block(shape, said.block) == check_block(shape, spec.block)
+        if not same or (said.type.bits, said.offset is None) != (spec.type.bits, spec.offset is None):
+            raise ValueError(f"the file says {spec.label()}, its config says {said.label()}")
+        spec = said
+    low = spec.type.qmin
+    codes = (unsigned.to(torch.int16) + low).to(spec.type.storage)
+    scale = narrow(scale, stored_dtype(spec.scale))
+    if offset is not None:
+        offset = offset.to(torch.int32) + low if spec.offset == "zero_point" else narrow(offset, _offset_dtype(spec))
+    return FrozenWeight(QTensor(codes, scale.contiguous(), offset, spec), "Linear", tuple(codes.shape))
+
+
+def _offset_dtype(spec: QuantSpec) -> torch.dtype:
+    assert spec.offset is not None
+    return stored_dtype(spec.offset)
+
+
+def said_of(name: str, about: dict[str, Any] | None) -> QuantSpec | None:
+    """The spec that the config's key "qat" has for a weight; None without that key."""
+    if about is None or name not in about["weights"]:
+        return None
+    return QuantSpec.from_dict(about["specs"][about["weights"][name]["spec"]])
+
+
+def inputs_of(about: dict[str, Any] | None) -> dict[str, FrozenInput]:
+    """The dynamic inputs that the config's key "qat" lists."""
+    found = (about or {}).get("inputs", {})
+    return {m: FrozenInput(QuantSpec.from_dict(about["specs"][e["spec"]]), e["static"]) for m, e in found.items()}  # pyright: ignore[reportOptionalSubscript]

@@ -1,0 +1,218 @@
+"""A Hugging Face folder that transformers loads through torchao (TorchAoConfig), written by hand from frozen codes.
+
+Stored: `MODULE._weight_qdata` int8 (out, in), one a code whatever its bits, `_weight_scale`, `_weight_zero_point`, and
+in the header of every weight file one JSON text a parameter, from which torchao rebuilds its tensor subclasses.
+Layout: torchao.prototype.safetensors, as of torchao 0.18.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.errors import UserError, VerifyError
+from qat.exporters.hf_folder import (
+    base_config,
+    described,
+    float_dtype,
+    frozen_weight,
+    inputs_of,
+    read_config,
+    read_tensors,
+    refuse_model,
+    said_of,
+    tokenizer_files,
+    write,
+)
+from qat.frozen import Frozen, FrozenInput, FrozenWeight
+from qat.scheme import QuantSpec
+
+RUNTIME = "transformers_folder"
+METHOD = "torchao"
+INTX, INT8 = "IntxUnpackedToInt8Tensor", "Int8Tensor"
+PARTS = ["qdata", "scale", "zero_point"]
+# torchao's inputs, a grid for each token: Int8DynamicActivationIntx (8da4w) and Int8DynamicActivationInt8
+ASYMMETRIC = QuantSpec(qtype="int8", range="minmax", divide="stored_inverse", scale="float32", offset="zero_point")
+SYMMETRIC = QuantSpec(qtype="int8", range="absmax_half", divide="stored_inverse", scale="float32")
+
+
+def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
+    """Why torchao cannot hold this parameter, and what to do; None if it can."""
+    if reason := refuse_model(config):
+        return reason
+    if spec is None:
+        return None
+    if kind != "Linear":
+        return f"transformers quantizes Linear layers alone with torchao, not {kind}; leave it out of the rules"
+    if spec.block[0] != 1:
+        return f"blocks of several rows do not fit; (1, {spec.block[1]}) is the nearest that does"
+    if spec.qtype == "ternary" or spec.offset not in (None, "zero_point"):
+        return f"grid {spec.label()} does not fit; int{spec.type.bits}, symmetric or with a zero point, is the nearest"
+    return None
+
+
+def refuse_input(name: str, weight: QuantSpec | None, spec: QuantSpec | None, static: bool) -> str | None:
+    """Why torchao would compute this layer's input otherwise than on `spec` (None: float); None if it would not."""
+    if spec is None:
+        return None
+    if weight is None:
+        return "its input is quantized but its weight is not, which torchao cannot express"
+    if not static and spec == (SYMMETRIC if _is_int8(weight) else ASYMMETRIC):
+        return None
+    fits = "torchao_int8_dynamic" if _is_int8(weight) else "8da4w"
+    return (
+        f"inputs on {spec.label()}{', static,' if static else ''} are not what torchao computes; scheme={fits} has that"
+    )
+
+
+def _is_int8(spec: QuantSpec) -> bool:
+    """Whether this is Int8Tensor's grid: int8 with one scale a channel."""
+    return (spec.qtype, spec.block, spec.offset) == ("int8", (1, -1), None)
+
+
+def export(frozen: Frozen, path: Path) -> None:
+    """Write the folder. Raises UserError for an input grid that torchao does not have."""
+    for module, i in frozen.inputs.items():
+        weight = frozen.weights.get(f"{module}.weight")
+        if why := refuse_input(module, weight and weight.tensor.spec, i.spec, i.static):
+            raise UserError(f"{module}: {why}")
+    dtype = float_dtype(frozen)
+    tensors = {n: t.contiguous() for n, t in frozen.floats.items()}
+    metadata = {n: json.dumps({"_type": "Tensor"}) for n in tensors}
+    for name, w in frozen.weights.items():
+        module = name.removesuffix(".weight")
+        tensors |= _tensors(module, w, dtype)
+        metadata[name] = json.dumps(_metadata(w, frozen.inputs.get(module), dtype))
+    metadata["tensor_names"] = json.dumps(sorted(metadata))
+    write(path, base_config(frozen) | described(frozen) | _config(frozen), tensors, frozen.tokenizer, metadata)
+
+
+def caveats(frozen: Frozen) -> list[str]:
+    """What its reader does differently from training."""
+    if frozen.inputs and float_dtype(frozen) != torch.float32:
+        return [f"torchao quantizes activations in the model's {float_dtype(frozen)}, training in float32"]
+    return []
+
+
+def _tensors(module: str, w: FrozenWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    q = w.tensor
+    shift = -(2 ** (q.spec.type.bits - 1)) - q.spec.type.qmin  # torchao's codes are signed
+    zero = torch.zeros(q.scale.shape, dtype=torch.int8) if q.offset is None else (q.offset + shift).to(torch.int8)
+    scale = q.scale.to(torch.float32 if _is_int8(q.spec) else dtype)
+    if not torch.equal(scale.float(), q.scale.float()):
+        raise UserError(f"{module}.weight has scales that {dtype} cannot hold: use scale 'portable'")
+    codes = (q.codes.to(torch.int16) + shift).to(torch.int8)
+    return {f"{module}._weight_{k}": t for k, t in zip(PARTS, (codes, scale, zero), strict=True)}
+
+
+def _type(dtype: torch.dtype | str) -> dict[str, str]:
+    return {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")}
+
+
+def _metadata(w: FrozenWeight, given: FrozenInput | None, dtype: torch.dtype) -> dict[str, Any]:
+    spec = w.tensor.spec
+    data: dict[str, Any] = {"block_size": [1, w.shape[1] // w.tensor.scale.shape[1]], "dtype": _type(dtype)}
+    if _is_int8(spec):
+        taken = None if given is None else {"_type": "QuantizeTensorToInt8Kwargs", "_data": _SYMMETRIC_TOKENS}
+        data |= {"act_quant_kwargs": taken, "reduce_range": False}
+    else:
+        taken = None if given is None else "int8_asym_per_token"
+        data |= {"activation_quantization": taken, "target_dtype": _type(f"int{spec.type.bits}")}
+    return {
+        "_type": INT8 if _is_int8(spec) else INTX,
+        "_data": data,
+        "_tensor_data_names": PARTS,
+    }
+
+
+_SYMMETRIC_TOKENS = {
+    "granularity": {"_type": "PerRow", "_data": {"dim": -1}},
+    "mapping_type": {"_type": "MappingType", "_data": "SYMMETRIC"},
+    "reduce_range": False,
+}
+
+
+def _config(frozen: Frozen) -> dict[str, Any]:
+    """`quantization_config`, for readers that look at it; the weights load by their metadata."""
+    kinds = {n: _recipe(w.tensor.spec, n.removesuffix(".weight") in frozen.inputs) for n, w in frozen.weights.items()}
+    different = {json.dumps(k, sort_keys=True): k for k in kinds.values()}
+    if len(different) == 1:
+        chosen = next(iter(different.values()))
+    else:
+        by_name = {n.removesuffix(".weight"): k for n, k in kinds.items()}
+        chosen = {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": by_name}}
+    left = [n for n, t in frozen.floats.items() if t.ndim == 2] + list(frozen.ties)
+    config = {
+        "quant_method": METHOD,
+        "quant_type": {"default": chosen},
+        "modules_to_not_convert": sorted(n.removesuffix(".weight") for n in left if n.endswith(".weight")),
+        "include_input_output_embeddings": False,
+        "untie_embedding_weights": False,
+    }
+    return {"quantization_config": config}
+
+
+def _recipe(spec: QuantSpec, dynamic: bool) -> dict[str, Any]:
+    """torchao's own configuration that makes such a weight."""
+
+    def item(kind: str, value: Any, version: int | None = None) -> dict[str, Any]:
+        return {"_type": kind, "_data": value} | ({"_version": version} if version else {})
+
+    if _is_int8(spec):
+        row = {"granularity": item("PerRow", {"dim": -1}, 1)}
+        name = "Int8DynamicActivationInt8WeightConfig" if dynamic else "Int8WeightOnlyConfig"
+        return item(name, row, 2)
+    whole = spec.block[1] == -1
+    size = item("PerAxis", {"axis": 0}, 1) if whole else item("PerGroup", {"group_size": spec.block[1]}, 1)
+    mapping = item("MappingType", "SYMMETRIC" if spec.offset is None else "ASYMMETRIC")
+    before = "weight_" if dynamic else ""
+    data = {"weight_dtype": _type(f"int{spec.type.bits}"), f"{before}granularity": size}
+    data[f"{before}mapping_type"] = mapping
+    return item("Int8DynamicActivationIntxWeightConfig" if dynamic else "IntxWeightOnlyConfig", data, 2)
+
+
+def read(path: Path) -> Frozen:
+    """The folder back, other writers' included. Raises UserError if it is not torchao's, VerifyError if damaged."""
+    path = Path(path)
+    config = read_config(path)
+    found = config.pop("quantization_config", None) or {}
+    if found.get("quant_method") != METHOD:
+        raise UserError(f"{path}: its quant_method is {found.get('quant_method')!r}, not {METHOD!r}")
+    about = config.pop("qat", None)
+    tensors, metadata = read_tensors(path)
+    weights: dict[str, FrozenWeight] = {}
+    inputs: dict[str, FrozenInput] = {}
+    try:
+        for name in json.loads(metadata["tensor_names"]):
+            meta = json.loads(metadata[name])
+            if meta["_type"] == "Tensor":
+                continue
+            weights[name] = _weight(name, meta, tensors, said_of(name, about))
+            data = meta["_data"]
+            if data.get("activation_quantization") or data.get("act_quant_kwargs"):
+                spec = SYMMETRIC if meta["_type"] == INT8 else ASYMMETRIC
+                inputs[name.removesuffix(".weight")] = FrozenInput(spec, static=False)
+    except (KeyError, ValueError, RuntimeError) as e:
+        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
+    if about is not None and inputs_of(about) != inputs:
+        raise VerifyError(f"{path}: its header and its config disagree on which inputs are quantized")
+    return Frozen(weights, tensors, inputs, (about or {}).get("ties", {}), config, tokenizer_files(path))
+
+
+def _weight(name: str, meta: dict[str, Any], tensors: dict[str, Tensor], said: QuantSpec | None) -> FrozenWeight:
+    """One weight, taken out of `tensors`. Raises KeyError or ValueError for what is not Intx or Int8."""
+    if meta["_type"] not in (INTX, INT8):
+        raise ValueError(f"{name} is a {meta['_type']}; {INTX} and {INT8} can be read")
+    if sorted(meta["_tensor_data_names"]) != sorted(PARTS):
+        raise ValueError(f"{name} has parts {meta['_tensor_data_names']}, not {PARTS}")
+    data = meta["_data"]
+    codes, scale, zero = (tensors.pop(f"{name.removesuffix('weight')}_weight_{part}") for part in PARTS)
+    bits = 8 if meta["_type"] == INT8 else int(data["target_dtype"]["_data"].removeprefix("int"))
+    block = (1, -1) if data["block_size"][1] == codes.shape[1] else (1, data["block_size"][1])
+    asymmetric = said.offset is not None if said else bool(zero.any())
+    kind = {"range": "minmax", "offset": "zero_point"} if asymmetric else {}
+    spec = QuantSpec(qtype=f"int{bits}", block=block, scale=str(scale.dtype).removeprefix("torch."), **kind)
+    half = 2 ** (bits - 1)
+    return frozen_weight(codes.int() + half, scale, zero.int() + half if asymmetric else None, spec, said)

@@ -1,0 +1,84 @@
+"""Environments of their own for runtimes that cannot share this one: `python -m qat.runtimes.environments gptqmodel`.
+
+Each is a virtual environment on top of this one: its packages come first, everything else (torch, transformers) is this
+environment's, so nothing is installed twice and nothing here changes. They lie in QAT_ENVIRONMENTS, else in
+~/.cache/qat/environments.
+"""
+
+import argparse
+import os
+import shutil
+import site
+import subprocess
+import sys
+import venv
+from importlib.metadata import version
+from pathlib import Path
+
+from qat.errors import UserError
+
+# what each needs beside this environment's packages, in order; gptqmodel is built from its source (a minute)
+PACKAGES: dict[str, list[list[str]]] = {
+    "gptqmodel": [
+        ["setuptools>=84.2.1,<85"],
+        ["gptqmodel==7.7.0", "optimum==2.3.0", "device-smi", "pypcre", "tokenicer", "logbar", "defuser", "pillow>=13"],
+    ],
+    "mlx": [["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"]],
+}
+
+
+def folder(name: str) -> Path:
+    """Where an environment lies, made or not."""
+    base = os.environ.get("QAT_ENVIRONMENTS")
+    return (Path(base) if base else Path.home() / ".cache/qat/environments") / name
+
+
+def interpreter(name: str) -> str:
+    """The Python that runs a package: this one, or that of the package's environment.
+
+    Raises UserError if the package needs an environment that has not been made.
+    """
+    if name not in PACKAGES:
+        return sys.executable
+    python = folder(name) / "bin" / "python"
+    if not python.exists():
+        raise UserError(
+            f"{name} runs in an environment of its own: make it with python -m qat.runtimes.environments {name}"
+        )
+    return str(python)
+
+
+def installed_in(name: str) -> str:
+    """The version of a package where it runs. Raises PackageNotFoundError, or UserError as `interpreter` does."""
+    if name not in PACKAGES:
+        return version(name)
+    command = [interpreter(name), "-c", f"from importlib.metadata import version; print(version({name!r}))"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def make(name: str) -> Path:
+    """Make an environment, anew if there is one; returns its folder. Raises UserError if pip fails."""
+    if name not in PACKAGES:
+        raise UserError(f"there is no environment {name!r}; there are {', '.join(PACKAGES)}")
+    path = folder(name)
+    shutil.rmtree(path, ignore_errors=True)
+    venv.create(path, with_pip=True)
+    (own,) = path.glob("lib/python*/site-packages")
+    (own / "below.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
+    for packages in PACKAGES[name]:
+        command = [path / "bin/python", "-m", "pip", "install", "--no-deps", "--no-build-isolation", *packages]
+        if subprocess.run([str(c) for c in command], check=False).returncode:
+            shutil.rmtree(path)
+            raise UserError(f"pip could not install {' '.join(packages)} for {name}: its output is above")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", choices=list(PACKAGES))
+    for name in parser.parse_args().names:
+        print(f"{name}: {make(name)}")
+
+
+if __name__ == "__main__":
+    main()

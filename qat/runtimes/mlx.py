@@ -1,0 +1,82 @@
+"""Run an exported folder in MLX through mlx-lm, in MLX's own environment; on Linux, its CPU build.
+
+Made with `python -m qat.runtimes.environments mlx`; this module runs there, on that environment's Python.
+"""
+
+from functools import cache
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.errors import UserError, VerifyError
+from qat.runtimes import main
+
+
+@cache
+def _model(path: Path) -> Any:
+    try:
+        import mlx.core as mx  # pyright: ignore[reportMissingImports]
+        from mlx_lm.utils import load_model  # pyright: ignore[reportMissingImports]
+    except ImportError as e:
+        raise UserError("mlx-lm is not installed here: python -m qat.runtimes.environments mlx") from e
+    mx.set_default_device(mx.cpu)
+    try:
+        return load_model(path)[0]
+    except Exception as e:  # mlx's own exceptions share no base class
+        raise VerifyError(f"mlx-lm cannot load {path}: {str(e)[:300]}") from e
+
+
+def _logits(path: Path, rows: list[list[int]]) -> Tensor:
+    """Float32 (n, T, vocabulary) of rows of equal length."""
+    import mlx.core as mx  # pyright: ignore[reportMissingImports]
+
+    return torch.from_numpy(np.array(_model(path)(mx.array(rows)).astype(mx.float32)))
+
+
+def logits(path: Path, ids: Tensor) -> Tensor:
+    """Float32 logits [n, T, V] of int64 token ids [n, T]."""
+    return _logits(path, ids.tolist())
+
+
+def score(path: Path, ids: Tensor) -> Tensor:
+    """log p(ids[:, t+1] | ids[:, :t+1]) in nats, float32 [n, T-1], of int64 token ids [n, T].
+
+    Raises UserError if mlx-lm is missing, VerifyError if it cannot load the folder.
+    """
+    out = []
+    for rows in ids.split(max(1, 2048 // ids.shape[1])):
+        logp = _logits(path, rows.tolist())[:, :-1].log_softmax(-1)
+        out.append(logp.gather(-1, rows[:, 1:, None]).squeeze(-1))
+    return torch.cat(out)
+
+
+def logprobs(path: Path, prompts: list[list[int]]) -> Tensor:
+    """Log-probabilities over the whole vocabulary after each prompt: float32 [n, V], nats. Raises as `score` does."""
+    return torch.stack([_logits(path, [p])[0, -1].log_softmax(-1) for p in prompts])
+
+
+def tokenize(path: Path, lines: list[str]) -> list[list[int]]:
+    """The folder's tokenizer, as mlx-lm loads it, on each line; no special tokens added."""
+    from mlx_lm.tokenizer_utils import load  # pyright: ignore[reportMissingImports]
+
+    tokenizer = load(path)
+    return [list(tokenizer.encode(line, add_special_tokens=False)) for line in lines]
+
+
+def version(path: Path, _: Tensor | str | None = None) -> str:
+    """Which mlx runs here, for the report."""
+    return f"mlx {installed('mlx')} ({_device()}), mlx-lm {installed('mlx-lm')}"
+
+
+def _device() -> str:
+    import mlx.core as mx  # pyright: ignore[reportMissingImports]
+
+    return str(mx.default_device())
+
+
+if __name__ == "__main__":
+    main(logits, score, logprobs, tokenize, version)
