@@ -124,7 +124,7 @@ def audit(
     _refuse_shapes(rows)
     _refuse_inputs(rows, rules)
     for target in targets:
-        _refuse_target(rows, target, config or {})
+        _refuse_target(rows, target, config or {}, rules)
     if rules and not any(r.spec for r in rows):
         raise UserError("no parameter is quantized: every rule leaves what it matches in floating point")
     return Audit(_resolve_ties(rows))
@@ -208,9 +208,15 @@ def _refuse_shapes(rows: list[Row]) -> None:
             ) from e
 
 
-def _refuse_target(rows: list[Row], target: str, config: dict[str, Any]) -> None:
-    refuse = import_module(f"qat.exporters.{target}").refuse
+def _refuse_target(rows: list[Row], target: str, config: dict[str, Any], rules: Sequence[Rule]) -> None:
+    module = import_module(f"qat.exporters.{target}")
+    refuse_scheme = getattr(module, "refuse_scheme", None)  # of a weight and its layer's input together
     for row in rows:
-        why = refuse(row.name, row.kind, row.shape, row.spec, config)
+        why = module.refuse(row.name, row.kind, row.shape, row.spec, config)
         if why:
             raise UserError(f"export to {target}: {row.name} (shape {tuple(row.shape)}): {why}")
+        scheme = None if row.rule is None or not row.name.endswith("weight") else rules[row.rule].scheme
+        if refuse_scheme is None or scheme is None or scheme.input is None or row.kind == "Embedding":
+            continue
+        if why := refuse_scheme(scheme, config):
+            raise UserError(f"export to {target}: the input of {row.module}: {why}")

@@ -1,4 +1,4 @@
-"""qat generate: greedy or sampled text from a run, a frozen folder, a Hugging Face folder or a GGUF file."""
+"""qat generate: greedy or sampled text from a run, a frozen folder, a Hugging Face folder, a GGUF or ONNX file."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """GGUF files run in llama.cpp, the rest from packed integers in torch."""
+    """GGUF files run in llama.cpp, ONNX in onnxruntime, the rest from packed integers in torch."""
     from qat.errors import UserError
     from qat.exporters import identify, target_module
     from qat.runtimes import run as run_in
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     if not (args.path / "frozen").is_dir():
         target, _ = identify(args.path)
         runtime = "" if target in ("frozen", "hf") else target_module(target).RUNTIME
-        if runtime == "llama_cpp":
+        if runtime:
             request = {
                 "prompt": args.prompt,
                 "n_predict": args.tokens,
@@ -37,8 +37,6 @@ def run(args: argparse.Namespace) -> None:
 
             print(args.prompt + run_in(runtime, args.path, complete=json.dumps(request))["complete"])
             return
-        if runtime:
-            raise UserError(f"{args.path} is a {target} export, which has no text generation here")
     import torch
 
     from qat.models.positions import refuse_longer
