@@ -123,11 +123,12 @@ def audit(
     _refuse_unused(rules, used, model)
     _refuse_shapes(rows)
     _refuse_inputs(rows, rules)
+    rows = _resolve_ties(rows)
     for target in targets:
         _refuse_target(rows, target, config or {}, rules)
     if rules and not any(r.spec for r in rows):
         raise UserError("no parameter is quantized: every rule leaves what it matches in floating point")
-    return Audit(_resolve_ties(rows))
+    return Audit(rows)
 
 
 def _tie(holder: Row, row: Row) -> Row:
@@ -216,7 +217,7 @@ def _refuse_target(rows: list[Row], target: str, config: dict[str, Any], rules: 
         if why:
             raise UserError(f"export to {target}: {row.name} (shape {tuple(row.shape)}): {why}")
         scheme = None if row.rule is None or not row.name.endswith("weight") else rules[row.rule].scheme
-        if refuse_scheme is None or scheme is None or scheme.input is None or row.kind == "Embedding":
+        if refuse_scheme is None or scheme is None or row.kind == "Embedding":
             continue
         if why := refuse_scheme(scheme, config):
             raise UserError(f"export to {target}: the input of {row.module}: {why}")

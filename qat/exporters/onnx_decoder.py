@@ -13,9 +13,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from qat.errors import UserError
-from qat.exporters import onnx_gpt2, onnx_llama
+from qat.exporters import onnx_gpt2, onnx_int8, onnx_llama, onnx_nbits
 from qat.exporters.onnx_graph import METADATA
-from qat.exporters.onnx_nbits import refuse_grid, refuse_input
 from qat.exporters.onnx_text_graph import MICROSOFT, TextGraph
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec, Scheme
@@ -52,14 +51,16 @@ def refuse_parameter(
         return None
     if len(shape) != 2:
         return "only matrices are quantized; leave it out of the rules"
-    return refuse_grid(spec, (shape[1], shape[0]) if kind == "Conv1D" else (shape[0], shape[1]))
+    if onnx_int8.is_row_wise(spec):
+        return None
+    return onnx_nbits.refuse_grid(spec, (shape[1], shape[0]) if kind == "Conv1D" else (shape[0], shape[1]))
 
 
 def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
     """Why a layer cannot compute with this input, and which grid fits; None if it can."""
-    if scheme.input is not None and scheme.weight is None:
+    if scheme.weight is None:
         return "its input is quantized but its weight is not; quantize both or neither"
-    return refuse_input(scheme)
+    return onnx_int8.refuse_input(scheme) if onnx_int8.is_row_wise(scheme.weight) else onnx_nbits.refuse_input(scheme)
 
 
 def export(frozen: Frozen, path: Path) -> None:

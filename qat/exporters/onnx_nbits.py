@@ -13,7 +13,6 @@ from qat.packing import pack, unpack
 from qat.scheme import QuantSpec, Scheme, check_block
 
 BITS = (2, 4, 8)
-LEVEL_4 = "level 4"
 
 
 def refuse_grid(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
@@ -22,7 +21,7 @@ def refuse_grid(spec: QuantSpec, shape: tuple[int, int]) -> str | None:
     if spec.type.bits not in BITS:
         return f"MatMulNBits has codes of 2, 4 or 8 bits, not {spec.type.bits}; use {_sign(spec)}int{bits}"
     block = check_block(shape, spec.block)
-    if block[0] != 1 or block[1] < 16 or block[1] & (block[1] - 1):
+    if block[0] != 1 or spec.block[1] < 16 or block[1] & (block[1] - 1):
         fits = [b for b in (256, 128, 64, 32, 16) if shape[1] % b == 0]
         near = min(fits, key=lambda b: abs(b - block[1]), default=None)
         remedy = "leave it in floating point with a rule" if near is None else f"use block (1, {near})"

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from qat.exporters.onnx_graph import COMMUTING, Graph, Layer
+from qat.exporters.onnx_int8 import refuse_static
 from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec, Scheme
 
@@ -76,8 +77,4 @@ def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
         return None
     if not scheme.static:
         return "it is quantized dynamically; use static: true (scheme=int8_static)"
-    if spec.type.bits != 8 or spec.offset not in (None, "zero_point"):
-        return f"QuantizeLinear takes int8 or uint8 with a zero point or none, not {spec.label()}"
-    if spec.rounding != "half_even" or spec.divide != "stored":
-        return "QuantizeLinear divides by the stored scale and rounds half to even; set that in the input's spec"
-    return None
+    return refuse_static(spec)

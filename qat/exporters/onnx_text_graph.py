@@ -4,13 +4,11 @@ Every parameter is an initializer under its Hugging Face name (packed codes with
 them), and the node that consumes it carries its module's path; names with a slash are ours.
 """
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
-from onnx import NodeProto, TensorProto, helper, numpy_helper
-from torch import Tensor
+from onnx import TensorProto
 
+from qat.exporters import onnx_int8
+from qat.exporters.onnx_graph_base import GraphBase
 from qat.exporters.onnx_nbits import encode
 from qat.frozen import Frozen, FrozenWeight
 
@@ -18,32 +16,12 @@ MICROSOFT = "com.microsoft"
 MASKED = float(np.finfo(np.float32).min)  # finite: a row of padding alone then is no NaN
 
 
-class TextGraph:
+class TextGraph(GraphBase):
     """Grows from the inputs to "logits"; methods return the name of the tensor they made, [batch, sequence, …]."""
 
     def __init__(self, frozen: Frozen) -> None:
-        self.frozen = frozen
-        self.nodes: list[NodeProto] = []
-        self.constants: dict[str, TensorProto] = {}
+        super().__init__(frozen)
         self.masks: dict[int | None, str] = {}
-
-    def add(self, op: str, inputs: Sequence[str], name: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
-        made = list(outputs) or [f"{name}:{op}"]
-        self.nodes.append(helper.make_node(op, inputs, made, name=name, **attributes))
-        return made[0]
-
-    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
-        if name not in self.constants:
-            array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else value
-            self.constants[name] = numpy_helper.from_array(array, name)
-        return name
-
-    def ints(self, *values: int) -> str:
-        """A constant vector of int64."""
-        return self.constant("/ints/" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def number(self, value: float) -> str:
-        return self.constant(f"/float/{value!r}", np.array(value, np.float32))
 
     def parameter(self, name: str) -> str:
         """An unquantized parameter, in float32."""
@@ -66,6 +44,8 @@ class TextGraph:
         name, held = self.weight(module)
         if held is None:
             return self.add("Gather", [self.parameter(name), ids], module)
+        if onnx_int8.is_row_wise(held.tensor.spec):
+            return onnx_int8.embedding(self, module, ids, name, held)
         codes, *rest = self.packed(name, held, zeros=True)  # their default depends on the type of the codes
         rows, cols = held.tensor.codes.shape
         # a view, so that a tied head and this table are stored once
@@ -83,7 +63,9 @@ class TextGraph:
 
     def linear(self, module: str, x: str) -> str:
         name, held = self.weight(module)
-        if held is not None:
+        if held is not None and onnx_int8.is_row_wise(held.tensor.spec):
+            out = onnx_int8.linear(self, module, x, name, held, self.frozen.inputs.get(module))
+        elif held is not None:
             out = self.matmul_nbits(module, x, name, held)
         elif name.endswith(CONV1D):
             out = self.add("MatMul", [x, self.parameter(name)], module)
