@@ -53,7 +53,9 @@ def card(frozen: Frozen, target: str, *, title: str, data: str, stages: Stages, 
             quality = stage.get("perplexity", stage.get("accuracy"))  # type: ignore[attr-defined]
             lines.append(f"| {name} | {stage['loss']:.5f} | {quality:.4f} |")  # type: ignore[index]
         lines.append("")
-    if target in RUN:
+    if target == "onnx" and "layers" not in frozen.config:
+        lines += ["```", "qat generate . --prompt 'The'", "```", ""]
+    elif target in RUN:
         ours = target == "hf" and any(
             w.kind != "Linear" or w.tensor.offset is not None for w in frozen.weights.values()
         )

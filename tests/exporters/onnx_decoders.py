@@ -24,6 +24,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 5}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {}),
+    "odd": ("llama", {"hidden_size": 48, "head_dim": 12, "intermediate_size": 80, "vocab_size": 509}),
 }
 
 
@@ -39,7 +40,7 @@ def prepared(name: str, given: Sequence[Rule], dtype: torch.dtype = torch.float3
 
 
 def tokens(rows: int, columns: int, seed: int = 0) -> Tensor:
-    return torch.randint(2, VOCAB, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(2, VOCAB - 3, (rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

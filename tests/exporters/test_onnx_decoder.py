@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from qat.auditing import audit
 from qat.errors import UserError, VerifyError
-from qat.exporters import export
+from qat.exporters import export, onnx_decoder
 from qat.exporters.onnx import FILE, read, refuse
 from qat.exporters.onnx_nbits import level_4
 from qat.runtimes import run
@@ -69,7 +69,22 @@ def test_codes_scales_and_logits_of_every_grid(grid: str, dtype: torch.dtype, tm
     assert apart(Decoder(folder).step(ids.numpy())[0], logits(model, ids)) <= 2e-6
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("int8_inputs", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("grid", ["int4_zero", "int8"])
+def test_odd_shapes(grid: str, int8_inputs: bool, tmp_path: Path) -> None:
+    """Three and five blocks in a row: their zero points end within a byte."""
+    table = QuantSpec(qtype="uint4", block=(1, 16), range="minmax", offset="zero_point")
+    model, frozen = prepared("odd", rules(GRIDS[grid], table, int8_inputs))
+    folder = export(frozen, "onnx", tmp_path / "out")
+    assert read(folder).digests() == frozen.digests()
+    if int8_inputs:
+        check_short_prompts(model, folder)
+    else:
+        ids = tokens(3, 20)
+        assert apart(Decoder(folder).step(ids.numpy())[0], logits(model, ids)) <= 2e-6
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "odd"])
 def test_logits_and_cache_of_every_family(name: str, tmp_path: Path) -> None:
     model, frozen = prepared(name, rules(GRIDS["int4"]))
     folder = export(frozen, "onnx", tmp_path / "out")
@@ -215,3 +230,17 @@ def test_damage_is_found(op: str, tmp_path: Path) -> None:
     file.write_bytes(model.SerializeToString()[: -1000 if op == "cut" else None])
     with pytest.raises(VerifyError):
         verify(folder, against=tmp_path / "frozen", runtime=False).raise_if_different()
+
+
+def test_tensors_beyond_a_protobuf_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_decoder, "PROTOBUF_LIMIT", 50_000)
+    model, frozen = prepared("llama", rules(GRIDS["int4"]))
+    folder = export(frozen, "onnx", tmp_path / "out")
+    assert (folder / f"{FILE}.data").stat().st_size > 50_000
+    assert read(folder).digests() == frozen.digests()
+    ids = tokens(2, 12)
+    assert apart(Decoder(folder).step(ids.numpy())[0], logits(model, ids)) <= 2e-6
+    with (folder / f"{FILE}.data").open("r+b") as file:
+        file.truncate(40_000)
+    with pytest.raises(VerifyError):
+        read(folder)
