@@ -1,4 +1,4 @@
-"""ONNX, for ONNX Runtime: sequential networks (config["layers"]) and decoder language models with a KV cache.
+"""ONNX, for ONNX Runtime: sequential networks (config["layers"]) and language models.
 
 The graph is built from `Frozen` alone; each of the two kinds has a file of its own.
 """
@@ -14,10 +14,10 @@ from google.protobuf.message import DecodeError
 from onnx.checker import ValidationError
 
 from qat.errors import UserError, VerifyError
-from qat.exporters import onnx_decoder, onnx_sequential
-from qat.exporters.onnx_decoder_read import read_decoder
+from qat.exporters import onnx_sequential, onnx_text
 from qat.exporters.onnx_graph import METADATA
 from qat.exporters.onnx_read import read_sequential
+from qat.exporters.onnx_text_read import read_text
 from qat.files import MANIFEST
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec, Scheme
@@ -33,7 +33,7 @@ def missing_runtime() -> str | None:
 
 
 def _kind(config: dict[str, Any]) -> ModuleType:
-    return onnx_sequential if "layers" in config else onnx_decoder
+    return onnx_sequential if "layers" in config else onnx_text
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
@@ -71,7 +71,7 @@ def read(path: Path) -> Frozen:
         onnx.checker.check_model(str(file))
         model = onnx.load(str(file))
         told = json.loads({p.key: p.value for p in model.metadata_props}[METADATA])
-        frozen = (read_sequential if "layers" in told["config"] else read_decoder)(model, told)
+        frozen = (read_sequential if "layers" in told["config"] else read_text)(model, told)
     except _BROKEN as error:
         raise VerifyError(f"{file} is not an ONNX file that this export wrote: {error!r}"[:300]) from error
     folder = file.parent

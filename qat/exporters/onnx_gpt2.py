@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from qat.exporters.onnx_text_graph import ACTIVATIONS, TextGraph
+from qat.exporters.onnx_text_graph import ACTIVATIONS, DECODER_INPUTS, TextGraph
 
 Config = dict[str, Any]
+INPUTS = DECODER_INPUTS
 _LAYER = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -17,6 +18,11 @@ def modules(config: Config) -> list[str]:
 def cache(config: Config) -> tuple[int, int, int]:
     """(layers, heads, size of a head) of the KV cache."""
     return config["n_layer"], config["n_head"], config["n_embd"] // config["n_head"]
+
+
+def logits_shape(config: Config) -> list[str]:
+    """The axes of the output."""
+    return ["batch", "sequence", "vocabulary"]
 
 
 def refuse_model(config: Config) -> str | None:

@@ -6,9 +6,10 @@ import numpy as np
 from onnx import TensorProto
 from torch import Tensor
 
-from qat.exporters.onnx_text_graph import ACTIVATIONS, TextGraph
+from qat.exporters.onnx_text_graph import ACTIVATIONS, DECODER_INPUTS, TextGraph
 
 Config = dict[str, Any]
+INPUTS = DECODER_INPUTS
 _LAYER = (
     "input_layernorm",
     *(f"self_attn.{m}" for m in ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -31,6 +32,11 @@ def cache(config: Config) -> tuple[int, int, int]:
     heads = config["num_attention_heads"]
     dim = config.get("head_dim") or config["hidden_size"] // heads
     return config["num_hidden_layers"], config.get("num_key_value_heads") or heads, dim
+
+
+def logits_shape(config: Config) -> list[str]:
+    """The axes of the output."""
+    return ["batch", "sequence", "vocabulary"]
 
 
 def refuse_model(config: Config) -> str | None:

@@ -1,4 +1,4 @@
-"""Nodes and initializers of a decoder in ONNX: embeddings, linear layers, norms, attention with its KV cache.
+"""Nodes and initializers of a language model in ONNX: embeddings, linear layers, norms, attention with its KV cache.
 
 Every parameter is an initializer under its Hugging Face name (packed codes with `.scale` and `.zero_point` beside
 them), and the node that consumes it carries its module's path; names with a slash are ours.
@@ -72,7 +72,7 @@ class TextGraph(GraphBase):
         else:
             transposed = self.add("Transpose", [self.parameter(name)], f"{module}/transpose", perm=[1, 0])
             out = self.add("MatMul", [x, transposed], module)
-        if f"{module}.bias" in self.frozen.floats:
+        if self.frozen.ties.get(f"{module}.bias", f"{module}.bias") in self.frozen.floats:
             out = self.add("Add", [out, self.parameter(f"{module}.bias")], f"{module}/bias")
         return out
 
@@ -122,11 +122,24 @@ class TextGraph(GraphBase):
         if window is not None:
             oldest = self.add("Sub", [queries, self.constant(f"{at}/size", np.array(window, np.int64))], f"{at}/oldest")
             seen = self.add("And", [seen, self.add("Greater", [keys, oldest], f"{at}/near")], f"{at}/seen")
-        given = self.add("Cast", ["attention_mask"], f"{at}/bool", to=TensorProto.BOOL)
-        given = self.add("Unsqueeze", [given, self.ints(1, 2)], f"{at}/given")
-        allowed = self.add("And", [seen, given], f"{at}/allowed")
+        allowed = self.add("And", [seen, self.given()], f"{at}/allowed")
         self.masks[window] = self.add("Where", [allowed, self.number(0.0), self.number(MASKED)], at)
         return self.masks[window]
+
+    def padding(self) -> str:
+        """The same for a model that sees the whole text, [batch, 1, sequence, sequence]."""
+        new = self.add("Shape", ["input_ids"], "/mask/new", start=1)
+        one = self.ints(1)
+        shape = self.add("Concat", [one, one, new, one], "/mask/shape", axis=0)
+        allowed = self.add("Expand", [self.given(), shape], "/mask/allowed")
+        return self.add("Where", [allowed, self.number(0.0), self.number(MASKED)], "/mask")
+
+    def given(self) -> str:
+        """Which tokens are no padding: bool [batch, 1, 1, total]."""
+        if "/mask/given" not in {node.name for node in self.nodes}:
+            is_there = self.add("Cast", ["attention_mask"], "/mask/bool", to=TensorProto.BOOL)
+            self.add("Unsqueeze", [is_there, self.ints(1, 2)], "/mask/given")
+        return "/mask/given:Unsqueeze"
 
     def attention(
         self, module: str, layer: int, qkv: list[str], heads: tuple[int, int], scale: float, mask: str
@@ -145,5 +158,6 @@ class TextGraph(GraphBase):
         )
 
 
+DECODER_INPUTS = {"input_ids": "sequence", "attention_mask": "total_sequence", "position_ids": "sequence"}
 ACTIVATIONS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out)

@@ -62,6 +62,6 @@ def version(path: Path, _: object = None) -> str:
 
 
 if __name__ == "__main__":
-    from qat.runtimes.ort_text import complete, logprobs, score, tokenize
+    from qat.runtimes.ort_text import complete, encode, logprobs, score, tokenize
 
-    main(predict, operators, version, score, logprobs, tokenize, complete)
+    main(predict, operators, version, score, logprobs, tokenize, complete, encode)

@@ -1,4 +1,4 @@
-"""A decoder's ONNX file in ONNX Runtime: scores texts, and generates from the .onnx and tokenizer.json alone.
+"""A language model's ONNX file in ONNX Runtime: scores texts, and generates from .onnx and tokenizer.json alone.
 
 The KV cache stays in the runtime's own memory from one step to the next.
 """
@@ -91,6 +91,13 @@ def logprobs(path: Path, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities over the whole vocabulary after each prompt: float32 [n, V], nats. Raises as `score` does."""
     last = [decoder(path).step(np.array([p], np.int64))[0][0, -1] for p in prompts]
     return torch.from_numpy(np.stack(last)).log_softmax(-1)
+
+
+def encode(path: Path, ids: Tensor) -> Tensor:
+    """Logits float32 [n, labels] or [n, T, labels] of an encoder, for whole texts of int64 tokens [n, T]."""
+    texts = ids.numpy()
+    given = {"input_ids": texts, "attention_mask": np.ones_like(texts), "token_type_ids": np.zeros_like(texts)}
+    return torch.from_numpy(open_session(path).run(None, given)[0])
 
 
 def _tokenizer(path: Path) -> Any:

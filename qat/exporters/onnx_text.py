@@ -1,7 +1,7 @@
-"""A decoder language model with its KV cache as one ONNX file: GPT-2 and the Llama family, built from `Frozen` alone.
+"""A language model as one ONNX file: GPT-2, the Llama family and BERT, built from `Frozen` alone. Floats are float32.
 
-Inputs: input_ids, attention_mask [batch, total], position_ids, past_key_values.N.key / .value [batch, heads, past,
-dim]; outputs: logits float32 [batch, sequence, vocabulary], present.N.key / .value. Floats are float32.
+Decoders have a KV cache. Inputs: input_ids, attention_mask [batch, total], position_ids, past_key_values.N.key / .value
+[batch, heads, past, dim]; outputs: logits float32 [batch, sequence, vocabulary], present.N.key / .value.
 """
 
 import json
@@ -13,13 +13,14 @@ import onnx
 from onnx import TensorProto, helper
 
 from qat.errors import UserError
-from qat.exporters import onnx_gpt2, onnx_int8, onnx_llama, onnx_nbits
+from qat.exporters import onnx_bert, onnx_gpt2, onnx_int8, onnx_llama, onnx_nbits
 from qat.exporters.onnx_graph import METADATA
 from qat.exporters.onnx_text_graph import MICROSOFT, TextGraph
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec, Scheme
 
 FAMILIES: dict[str, ModuleType] = {
+    "bert": onnx_bert,
     "gpt2": onnx_gpt2,
     "llama": onnx_llama,
     "mistral": onnx_llama,
@@ -72,7 +73,7 @@ def export(frozen: Frozen, path: Path) -> None:
     graph = TextGraph(frozen)
     logits = family.build(graph, frozen.config)
     graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits"))
-    model = _model(graph, frozen, family.cache(frozen.config))
+    model = _model(graph, frozen, family)
     size = sum(len(t.raw_data) for t in model.graph.initializer)
     if size < PROTOBUF_LIMIT:
         onnx.checker.check_model(model)
@@ -82,11 +83,11 @@ def export(frozen: Frozen, path: Path) -> None:
         onnx.checker.check_model(str(path))
 
 
-def _model(graph: TextGraph, frozen: Frozen, cache: tuple[int, int, int]) -> onnx.ModelProto:
-    layers, heads, dim = cache
-    ids = {"input_ids": "sequence", "attention_mask": "total_sequence", "position_ids": "sequence"}
+def _model(graph: TextGraph, frozen: Frozen, family: ModuleType) -> onnx.ModelProto:
+    layers, heads, dim = family.cache(frozen.config)
+    ids: dict[str, str] = family.INPUTS
     inputs = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", length]) for n, length in ids.items()]
-    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", "vocabulary"])]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, family.logits_shape(frozen.config))]
     for i in range(layers):
         for part in ("key", "value"):
             for name, length, into in ((f"past_key_values.{i}", "past", inputs), (f"present.{i}", "total", outputs)):

@@ -1,4 +1,4 @@
-"""A decoder's ONNX file back into codes, stored scales and floats: quantized weights by the nodes that use them."""
+"""A language model's ONNX file back into codes, scales and floats: quantized weights by the nodes that use them."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from qat.scheme import QuantSpec
 BLOCKS = {"MatMulNBits": 1, "GatherBlockQuantized": 0}  # the input that holds codes; scales and zero points: 2 and 3
 
 
-def read_decoder(model: onnx.ModelProto, told: dict[str, Any]) -> Frozen:
+def read_text(model: onnx.ModelProto, told: dict[str, Any]) -> Frozen:
     """Every parameter under its Hugging Face name; told: what the metadata says. Raises VerifyError naming what is not
     as written, and KeyError, ValueError, IndexError or RuntimeError for a file that this export never writes."""
     return _Reader(model, told).frozen()
