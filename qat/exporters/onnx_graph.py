@@ -99,6 +99,6 @@ class Graph(GraphBase):
         return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
-def _window(layer: Layer) -> dict[str, list[int]]:
+def _window(layer: Layer) -> dict[str, Any]:
     sizes = {"kernel_shape": layer["kernel_size"], "strides": layer["stride"], "dilations": layer["dilation"]}
     return {**sizes, "pads": layer["padding"] * 2}

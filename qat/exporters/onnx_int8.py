@@ -97,7 +97,9 @@ def _for_each_token(graph: GraphBase, module: str, x: str, codes: str, scale: st
     step = graph.add("Div", [largest, graph.number(127.0)], f"{module}/step")
     step = graph.add("Max", [step, graph.number(TINY)], f"{module}/normal")
     rounded = graph.add("Round", [graph.add("Div", [x, step], f"{module}/divided")], f"{module}/rounded")
-    q = graph.add("Cast", [rounded], f"{module}/codes", to=TensorProto.INT8)
-    sums = graph.add("MatMulInteger", [q, codes], module)
+    # uint8 codes with 128 for 0 are the same integers, for which x86 has an instruction
+    moved = graph.add("Add", [rounded, graph.number(128.0)], f"{module}/moved")
+    q = graph.add("Cast", [moved], f"{module}/codes", to=TensorProto.UINT8)
+    sums = graph.add("MatMulInteger", [q, codes, graph.constant("/128", np.array(128, np.uint8))], module)
     sums = graph.add("Cast", [sums], f"{module}/float", to=TensorProto.FLOAT)
     return graph.add("Mul", [graph.add("Mul", [sums, step], f"{module}/tokens"), scale], f"{module}/channels")

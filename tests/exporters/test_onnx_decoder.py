@@ -190,7 +190,7 @@ def test_inputs_that_the_operators_do_not_round_are_refused_at_the_audit() -> No
 
 def test_models_that_the_graph_does_not_compute_are_refused() -> None:
     for changes, why in (
-        ({"model_type": "bloom"}, "knows gpt2, llama"),
+        ({"model_type": "bloom"}, "knows bert, gpt2, llama"),
         ({"activation_function": "mish"}, "activations"),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic"}}, "rotary positions"),
     ):

@@ -1,5 +1,6 @@
 """Decoders with int8 weights a row as ONNX: integer kernels, static inputs and inputs for each token."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from onnx_decoders import apart, check_short_prompts, logits, prepared, tokens
 from tiny_text_models import tiny
 
 from qat.auditing import audit
-from qat.errors import UserError
+from qat.errors import UserError, VerifyError
 from qat.exporters import export
 from qat.exporters.onnx import FILE, read
 from qat.runtimes.ort import operators
 from qat.runtimes.ort_text import Decoder
 from qat.scheme import QuantSpec, Rule, Scheme
+from qat.verification import verify
 
 WEIGHT = QuantSpec(qtype="int8", block=(1, -1))
 UINT8 = QuantSpec(qtype="uint8", block=(-1, -1), range="minmax", scale="float32", offset="zero_point")
@@ -101,3 +103,28 @@ def test_inputs_that_no_kernel_computes_are_refused_at_the_audit() -> None:
     only_table = [Rule(path=".*wte", scheme=Scheme(weight=WEIGHT))]  # its tied head would multiply float inputs
     with pytest.raises(UserError, match="the input of lm_head"):
         audit(tiny("gpt2"), only_table, targets=["onnx"], config=config)
+
+
+@pytest.mark.parametrize("op", ["codes", "weight_scale", "input_scale", "zero_point", "layer"])
+def test_damage_is_found(op: str, tmp_path: Path) -> None:
+    _, frozen = prepared("gpt2", rules("uint8"))
+    frozen.save(tmp_path / "frozen")
+    folder = export(frozen, "onnx", tmp_path / "out")
+    (folder / "manifest.json").unlink()
+    model = onnx.load(str(folder / FILE))
+    held = {t.name: t for t in model.graph.initializer}
+    name = "transformer.h.0.mlp.c_fc"
+    parts = {"weight_scale": f"{name}.weight.scale", "input_scale": f"{name}.input.scale"}
+    if op in parts:
+        scale = numpy_helper.to_array(held[parts[op]]).copy()
+        scale.flat[0] = np.nextafter(scale.flat[0], np.float32(np.inf))
+        held[parts[op]].raw_data = scale.tobytes()
+    elif op == "layer":  # reads another layer's codes
+        transposed = {n.name: n for n in model.graph.node}[f"{name}/transpose"]
+        transposed.input[0] = "transformer.h.1.mlp.c_fc.weight"
+    else:
+        part = held[f"{name}.weight" if op == "codes" else f"{name}.input.zero_point"]
+        part.raw_data = bytes([part.raw_data[0] ^ 1]) + part.raw_data[1:]
+    (folder / FILE).write_bytes(model.SerializeToString())
+    with pytest.raises(VerifyError, match=re.escape(name)):
+        verify(folder, against=tmp_path / "frozen", runtime=False).raise_if_different()
