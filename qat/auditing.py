@@ -127,11 +127,12 @@ def audit(
     _refuse_unused(rules, used, model)
     _refuse_shapes(rows, targets)
     _refuse_inputs(rows, rules)
+    rows = _resolve_ties(rows)
     for target in targets:
         _refuse_target(rows, target, config or {}, rules)
     if rules and not any(r.spec for r in rows):
         raise UserError("no parameter is quantized: every rule leaves what it matches in floating point")
-    return Audit(_resolve_ties(rows))
+    return Audit(rows)
 
 
 def _tie(holder: Row, row: Row) -> Row:
@@ -216,12 +217,12 @@ def _refuse_shapes(rows: list[Row], targets: Sequence[str]) -> None:
 
 def _refuse_target(rows: list[Row], target: str, config: dict[str, Any], rules: Sequence[Rule]) -> None:
     module = import_module(f"qat.exporters.{target}")
-    refuse_input = getattr(module, "refuse_input", None)  # only of targets whose runtime quantizes inputs itself
+    refuse_scheme = getattr(module, "refuse_scheme", None)  # of a weight and its layer's input together
     for row in rows:
         why = module.refuse(row.name, row.kind, row.shape, row.spec, config)
-        scheme = None if row.rule is None or row.spec is None else rules[row.rule].scheme
-        if why is None and refuse_input and scheme and row.kind != "Embedding":
-            why = refuse_input(row.name, row.spec, scheme.input, scheme.static)
+        scheme = None if row.rule is None or not row.name.endswith("weight") else rules[row.rule].scheme
+        if why is None and refuse_scheme and scheme and row.kind != "Embedding":
+            why = refuse_scheme(scheme, config)
         if why:
             raise UserError(f"export to {target}: {row.name} (shape {tuple(row.shape)}): {why}")
     together = getattr(module, "refuse_together", None)  # of formats with one grid for the whole file

@@ -19,7 +19,7 @@ from torch import Tensor
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError
 from qat.files import atomic_folder, read_manifest, write_manifest
-from qat.scheme import QuantSpec
+from qat.scheme import QuantSpec, Scheme
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ class Frozen:
     ties: dict[str, str] = field(default_factory=dict[str, str])
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: dict[str, bytes] = field(default_factory=dict[str, bytes])
+
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of every layer with a quantized input, by module path."""
+        out: dict[str, Scheme] = {}
+        for module, i in self.inputs.items():
+            name = f"{module}.weight" if module else "weight"
+            held = self.weights.get(self.ties.get(name, name))
+            out[module] = Scheme(weight=held and held.tensor.spec, input=i.spec, static=i.static)
+        return out
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor, flat: `NAME.codes`, `NAME.scale`, `NAME.offset`, floats, and `MODULE.input.scale|offset`."""

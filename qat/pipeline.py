@@ -114,7 +114,7 @@ def run(
             audited = audit(loaded.model, rules, targets=export, config=shipped)
             refuse_tokenizers(export, tokenizer_files(loaded.tokenizer), _config(loaded.model))
             made: Any = {"weight": quantizer, "observer": observer, "calibration_batches": calibration_batches}
-            rehearse(loaded.model, audited, rules, **made, targets=export)
+            rehearse(loaded.model, audited, rules, **made)
             outcome.text = print_audit(audited, progress.console, exports=export)
     if loaded.fallback is not None:
         data.block_size = min(data.block_size, EMBEDDED_CONTEXT)

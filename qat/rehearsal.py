@@ -1,7 +1,6 @@
 """A rehearsal of `prepare`, `calibrate` and export: what they would refuse is refused before any data or evaluation."""
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,17 +22,16 @@ def rehearse(
     weight: Callable[[QuantSpec, Tensor], Any],
     observer: Callable[[], Any],
     calibration_batches: int,
-    targets: Sequence[str] = (),
 ) -> None:
     """Raise UserError for settings of the quantizer or observer that they refuse, static inputs without calibration,
-    inputs that a target cannot hold, and weights that are not finite or overflow their stored scales.
+    and weights that are not finite or overflow their stored scales.
 
     weight, observer: as `prepare` takes them; each is tried once for every spec, on the first blocks of a weight. The
     range of every weight is looked at, at the cost of reading it twice.
     """
     tried: set[QuantSpec] = set()
     for row in audited.rows:
-        _refuse_input(row, rules, observer, calibration_batches, targets)
+        _refuse_input(row, rules, observer, calibration_batches)
         if row.tied:
             continue
         parameter = model.get_parameter(row.name)
@@ -58,16 +56,10 @@ def _try(weight: Callable[[QuantSpec, Tensor], Any], spec: QuantSpec, matrix: Te
         raise UserError(f"the quantizer refuses {spec.label()}: {e}") from e
 
 
-def _refuse_input(
-    row: Row, rules: Sequence[Rule], observer: Callable[[], Any], calibration_batches: int, targets: Sequence[str]
-) -> None:
+def _refuse_input(row: Row, rules: Sequence[Rule], observer: Callable[[], Any], calibration_batches: int) -> None:
     scheme = None if row.rule is None or not row.name.endswith("weight") else rules[row.rule].scheme
     if scheme is None or scheme.input is None or row.kind == "Embedding":
         return
-    for target in targets:
-        refuse = getattr(import_module(f"qat.exporters.{target}"), "refuse_input", None)
-        if refuse is not None and (why := refuse(row.spec, scheme.input, scheme.static)):
-            raise UserError(f"export to {target}: the input of {row.module}: {why}")
     if scheme.static:
         observer()
         if calibration_batches == 0:

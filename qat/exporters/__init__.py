@@ -2,7 +2,7 @@
 
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
 one file with those five names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
-`refuse_input` and `as_held` (a Frozen as the file can say it) are for targets that have something to say there.
+`refuse_scheme` and `as_held` (a Frozen as the file can say it) are for targets that have something to say there.
 """
 
 import json

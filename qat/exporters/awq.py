@@ -17,7 +17,7 @@ from qat.exporters.gptq_layout import (
     collect,
     config_of,
     open_folder,
-    refuse_input,
+    refuse_scheme,
     refuse_together,
     restored,
     unsigned,
@@ -32,7 +32,7 @@ METHOD = "awq"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds column ORDER[i]
 INVERSE = [ORDER.index(i) for i in range(8)]
 
-__all__ = ["RUNTIME", "export", "read", "refuse", "refuse_input", "refuse_together"]
+__all__ = ["RUNTIME", "export", "read", "refuse", "refuse_scheme", "refuse_together"]
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

@@ -32,7 +32,7 @@ from qat.exporters.gguf_models import (
 )
 from qat.exporters.gguf_tokenizer import PHI3, known_difference, refuse_tokenizer, swallows_spaces, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
-from qat.scheme import QuantSpec
+from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "llama_cpp"
 __all__ = [
@@ -44,7 +44,7 @@ __all__ = [
     "missing_runtime",
     "read",
     "refuse",
-    "refuse_input",
+    "refuse_scheme",
     "refuse_text",
     "refuse_tokenizer",
     "stored_dtype",
@@ -73,12 +73,14 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     return refuse_grid(spec)
 
 
-def refuse_input(weight: QuantSpec | None, spec: QuantSpec, static: bool) -> str | None:
-    """Why llama.cpp does not quantize this input of a layer with that weight so, and what to do; None if it does."""
-    held = None if weight is None else block_type(weight)
+def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
+    """Why llama.cpp does not quantize the input of a layer of that weight so, and what to do; None if it does."""
+    if scheme.input is None:
+        return None
+    held = None if scheme.weight is None else block_type(scheme.weight)
     if held is None:
         return "llama.cpp multiplies float weights with float inputs; leave `input` out of the scheme"
-    if static or spec != held.inputs:
+    if scheme.static or scheme.input != held.inputs:
         return (
             f"llama.cpp quantizes inputs of {held.ggml.name} weights in its own way; take the input of scheme="
             f"llama_{held.ggml.name.lower()}, or leave `input` out"
@@ -152,10 +154,8 @@ def export(frozen: Frozen, path: Path) -> None:
     for name, value in frozen.floats.items():
         if reason := refuse(name, "", tuple(value.shape), None, config):
             raise UserError(f"{name}: {reason}")
-    for module, given in frozen.inputs.items():
-        name = frozen.ties.get(f"{module}.weight", f"{module}.weight")
-        held = frozen.weights.get(name)
-        if reason := refuse_input(held.tensor.spec if held else None, given.spec, given.static):
+    for module, scheme in frozen.schemes().items():
+        if reason := refuse_scheme(scheme, config):
             raise UserError(f"the input of {module}: {reason}")
     family = FAMILIES[config["model_type"]]
     table = names(config["model_type"], family.n_layers(config))

@@ -18,7 +18,7 @@ from qat.exporters.gptq_layout import (
     collect,
     config_of,
     open_folder,
-    refuse_input,
+    refuse_scheme,
     refuse_together,
     restored,
     unsigned,
@@ -33,7 +33,7 @@ METHOD = "gptq"
 BITS = (2, 4, 8)
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
-__all__ = ["RUNTIME", "export", "read", "refuse", "refuse_input", "refuse_together"]
+__all__ = ["RUNTIME", "export", "read", "refuse", "refuse_scheme", "refuse_together"]
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ from qat.exporters.hf_folder import (
     tokenizer_files,
 )
 from qat.frozen import Frozen, FrozenWeight
-from qat.scheme import QuantSpec
+from qat.scheme import QuantSpec, Scheme
 
 GROUPS = (16, 32, 64, 128)
 
@@ -52,9 +52,9 @@ def _nearest(group: int) -> int:
     return min(GROUPS, key=lambda g: abs(g - group))
 
 
-def refuse_input(name: str, weight: QuantSpec | None, spec: QuantSpec | None, static: bool) -> str | None:
+def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
     """Why this layer's input cannot be as it was trained; None if it is float."""
-    return None if spec is None else "its input is quantized, but this format's layers take float inputs"
+    return None if scheme.input is None else "its input is quantized, but this format's layers take float inputs"
 
 
 def refuse_together(specs: Mapping[str, QuantSpec]) -> str | None:
@@ -74,8 +74,8 @@ def _global(spec: QuantSpec) -> tuple[int, int, bool]:
 def check(frozen: Frozen) -> QuantSpec:
     """The grid of all weights. Raises UserError if there is more than one, or a quantized input."""
     specs = {n: w.tensor.spec for n, w in frozen.weights.items()}
-    for name, i in frozen.inputs.items():
-        if why := refuse_input(name, None, i.spec, i.static):
+    for name, scheme in frozen.schemes().items():
+        if why := refuse_scheme(scheme, frozen.config):
             raise UserError(f"{name}: {why}")
     if not specs:
         raise UserError("no weight is quantized")

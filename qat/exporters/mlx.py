@@ -28,7 +28,7 @@ from qat.exporters.hf_folder import (
 )
 from qat.frozen import Frozen, FrozenWeight
 from qat.packing import pack, unpack
-from qat.scheme import QuantSpec
+from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "mlx"
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -61,15 +61,15 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     return None
 
 
-def refuse_input(name: str, weight: QuantSpec | None, spec: QuantSpec | None, static: bool) -> str | None:
+def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
     """Why this layer's input cannot be as it was trained; None if it is float."""
-    return None if spec is None else "its input is quantized, but MLX's affine layers take float inputs"
+    return None if scheme.input is None else "its input is quantized, but MLX's affine layers take float inputs"
 
 
 def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for quantized inputs, or scales that the model's dtype cannot hold."""
-    for module, i in frozen.inputs.items():
-        raise UserError(f"{module}: {refuse_input(module, None, i.spec, i.static)}")
+    for module, scheme in frozen.schemes().items():
+        raise UserError(f"{module}: {refuse_scheme(scheme, frozen.config)}")
     tensors = {_theirs(n): (t.t() if CONV1D.fullmatch(n) else t).contiguous() for n, t in frozen.floats.items()}
     grids: dict[str, dict[str, int]] = {}
     for name, w in frozen.weights.items():

@@ -3,36 +3,22 @@
 import json
 from typing import Any
 
-import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from qat.bias import bias_codes, bias_scale, bias_values
 from qat.errors import UserError
-from qat.frozen import Frozen, FrozenInput
+from qat.exporters.onnx_graph_base import GraphBase
+from qat.frozen import FrozenInput
 
 Layer = dict[str, Any]
 COMMUTING = ("ReLU", "MaxPool2d", "Flatten")
 METADATA = "qat"
 
 
-class Graph:
+class Graph(GraphBase):
     """Grows from the input "x" to the output "logits"; every method returns the name of the tensor it made."""
-
-    def __init__(self, frozen: Frozen) -> None:
-        self.frozen = frozen
-        self.nodes: list[NodeProto] = []
-        self.constants: dict[str, TensorProto] = {}
-
-    def add(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [f"{name}:{op}"], name=name, **attributes))
-        return f"{name}:{op}"
-
-    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
-        array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else value
-        self.constants.setdefault(name, numpy_helper.from_array(array, name))
-        return name
 
     def quantize(self, x: str, coming: tuple[str, FrozenInput] | None) -> str:
         """x on the grid of the layer that will use it (name, input), or x itself if there is none."""
@@ -113,6 +99,6 @@ class Graph:
         return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
 
 
-def _window(layer: Layer) -> dict[str, list[int]]:
+def _window(layer: Layer) -> dict[str, Any]:
     sizes = {"kernel_shape": layer["kernel_size"], "strides": layer["stride"], "dilations": layer["dilation"]}
     return {**sizes, "pads": layer["padding"] * 2}

@@ -1,34 +1,25 @@
-"""An exported ONNX file back into codes, scales and floats, following the graph as a runtime does, not the names."""
+"""A sequential network's ONNX file back into codes, scales and floats, following the graph as a runtime does."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from google.protobuf.message import DecodeError
 from onnx import NodeProto, numpy_helper
 from torch import Tensor
 
 from qat.affine import QTensor
 from qat.bias import bias_values
 from qat.errors import VerifyError
-from qat.exporters.onnx_graph import METADATA
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec, stored_dtype
 
 KINDS = {"Conv": "Conv2d", "Gemm": "Linear"}
 
 
-def read_model(file: Path) -> Frozen:
-    """Weights, biases and input grids of every Conv and Gemm. Raises VerifyError naming what is not as written."""
-    try:
-        model = onnx.load(str(file))
-        onnx.checker.check_model(model)
-        told = json.loads({p.key: p.value for p in model.metadata_props}[METADATA])
-        return _Reader(model, told).frozen()
-    except (DecodeError, onnx.checker.ValidationError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise VerifyError(f"{file} is not an ONNX file that this export wrote: {error!r}"[:300]) from error
+def read_sequential(model: onnx.ModelProto, told: dict[str, Any]) -> Frozen:
+    """Weights, biases and input grids of every Conv and Gemm; told: what the metadata says. Raises VerifyError naming
+    what is not as written, and KeyError, ValueError or IndexError for a file that this export never writes."""
+    return _Reader(model, told).frozen()
 
 
 class _Reader:
@@ -65,8 +56,8 @@ class _Reader:
         codes, scale = self.symmetric(node, name)
         if codes.dtype != spec.type.storage:
             raise VerifyError(f"{name}: the codes are {codes.dtype}, not {spec.type.storage}")
-        stored = _stored(scale.reshape(-1, 1), spec, name)
-        return FrozenWeight(QTensor(codes.reshape(len(codes), -1), stored, None, spec), kind, tuple(codes.shape))
+        scale = stored(scale.reshape(-1, 1), spec, name)
+        return FrozenWeight(QTensor(codes.reshape(len(codes), -1), scale, None, spec), kind, tuple(codes.shape))
 
     def symmetric(self, node: NodeProto, name: str) -> tuple[Tensor, Tensor]:
         codes, scale, zero = (self.constants[i] for i in node.input)
@@ -91,12 +82,12 @@ class _Reader:
         if zero.dtype != spec.type.storage or (spec.offset is None and zero.any()):
             raise VerifyError(f"{node.name}: its input's zero point is not of {spec.label()}")
         offset = None if spec.offset is None else zero.to(torch.int32).reshape(1, 1)
-        return FrozenInput(spec, True, _stored(scale.reshape(1, 1), spec, node.name), offset)
+        return FrozenInput(spec, True, stored(scale.reshape(1, 1), spec, node.name), offset)
 
 
-def _stored(scale: Tensor, spec: QuantSpec, name: str) -> Tensor:
+def stored(scale: Tensor, spec: QuantSpec, name: str) -> Tensor:
     """float32 scales of the file in the dtype in which they were frozen: exact, or the file is not that of the spec."""
-    stored = scale.to(stored_dtype(spec.scale))
-    if not stored.float().equal(scale):
+    exact = scale.to(stored_dtype(spec.scale))
+    if not exact.float().equal(scale):
         raise VerifyError(f"{name}: a scale in the file is not a {spec.scale} number")
-    return stored
+    return exact

@@ -27,7 +27,7 @@ from qat.exporters.hf_folder import (
     write,
 )
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
-from qat.scheme import QuantSpec
+from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "transformers_folder"
 METHOD = "torchao"
@@ -53,18 +53,17 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     return None
 
 
-def refuse_input(name: str, weight: QuantSpec | None, spec: QuantSpec | None, static: bool) -> str | None:
-    """Why torchao would compute this layer's input otherwise than on `spec` (None: float); None if it would not."""
+def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
+    """Why torchao would compute a layer's input otherwise than its scheme says; None if it would not."""
+    weight, spec = scheme.weight, scheme.input
     if spec is None:
         return None
     if weight is None:
         return "its input is quantized but its weight is not, which torchao cannot express"
-    if not static and spec == (SYMMETRIC if _is_int8(weight) else ASYMMETRIC):
+    if not scheme.static and spec == (SYMMETRIC if _is_int8(weight) else ASYMMETRIC):
         return None
     fits = "torchao_int8_dynamic" if _is_int8(weight) else "8da4w"
-    return (
-        f"inputs on {spec.label()}{', static,' if static else ''} are not what torchao computes; scheme={fits} has that"
-    )
+    return f"inputs on {spec.label()}{', static,' if scheme.static else ''} are not what torchao computes; scheme={fits} has that"
 
 
 def _is_int8(spec: QuantSpec) -> bool:
@@ -74,9 +73,8 @@ def _is_int8(spec: QuantSpec) -> bool:
 
 def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for an input grid that torchao does not have."""
-    for module, i in frozen.inputs.items():
-        weight = frozen.weights.get(f"{module}.weight")
-        if why := refuse_input(module, weight and weight.tensor.spec, i.spec, i.static):
+    for module, scheme in frozen.schemes().items():
+        if why := refuse_scheme(scheme, frozen.config):
             raise UserError(f"{module}: {why}")
     dtype = float_dtype(frozen)
     tensors = {n: t.contiguous() for n, t in frozen.floats.items()}

@@ -58,7 +58,9 @@ def card(frozen: Frozen, target: str, *, title: str, data: str, stages: Stages, 
         lines.append("")
     caveats = getattr(target_module(target), "caveats", None)
     lines += [f"> {c}." for c in (caveats(frozen) if caveats else [])] + [""]
-    if target in RUN:
+    if target == "onnx" and "layers" not in frozen.config:
+        lines += ["```", "qat generate . --prompt 'The'", "```", ""]
+    elif target in RUN:
         # what plain transformers cannot load says so among the caveats
         ours = target == "hf" and any("import qat" in line for line in lines)
         lines += ["```", RUN[target].replace("{plugin}", "import qat; " if ours else ""), "```", ""]

@@ -84,7 +84,9 @@ def next_commands(report: Report, run_dir: Path) -> list[str]:
         commands.append(_llama_cpp(_file(paths["gguf"], "*.gguf")))
     if "hf" in paths:
         commands.append(_transformers(paths["hf"]))
-    if "onnx" in paths:
+    if "onnx" in paths and quality_name(report) == "perplexity":
+        commands.append(f"{_tool('qat')} generate {shlex.quote(str(paths['onnx']))} --prompt {shlex.quote(PROMPT)}")
+    elif "onnx" in paths:
         model = _literal(_file(paths["onnx"], "*.onnx"))
         code = f"import onnxruntime as o; s = o.InferenceSession({model}); "
         code += "print([(i.name, i.type, i.shape) for i in s.get_inputs()])"

@@ -1,4 +1,7 @@
-"""Run an exported ONNX file in ONNX Runtime on the CPU: logits, its version, and which kernels it chose."""
+"""Run an exported ONNX file in ONNX Runtime on the CPU: logits, its version, and which kernels it chose.
+
+Language models are scored and generate by the functions of ort_text.py.
+"""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +16,7 @@ from qat.runtimes import main
 FILE = "model.onnx"
 
 
-def _session(path: Path, optimized: Path | None = None):
+def open_session(path: Path, optimized: Path | None = None):
     """A session on the file (or folder with model.onnx), one thread. Raises UserError if onnxruntime is missing."""
     try:
         import onnxruntime
@@ -24,6 +27,8 @@ def _session(path: Path, optimized: Path | None = None):
     options.log_severity_level = 3  # errors: saving the optimized graph warns that it fits this machine only
     # x86 processors without VNNI add pairs of uint8 * int8 in 16 bits and saturate; this asks for exact kernels there
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # a blocked DequantizeLinear and its MatMul become one MatMulNBits, whose inputs are int8 unless this says otherwise
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     file = path / FILE if path.is_dir() else path
@@ -35,7 +40,7 @@ def _session(path: Path, optimized: Path | None = None):
 
 def predict(path: Path, x: Tensor) -> Tensor:
     """Logits float32 [n, C] for float32 inputs [n, ...], in batches of 256."""
-    session = _session(path)
+    session = open_session(path)
     name = session.get_inputs()[0].name
     return torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in told(x.split(256))])
 
@@ -46,7 +51,7 @@ def operators(path: Path, _: object = None) -> list[str]:
 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder, "optimized.onnx")
-        _session(path, optimized)
+        open_session(path, optimized)
         return [node.op_type for node in onnx.load(str(optimized)).graph.node]
 
 
@@ -58,4 +63,6 @@ def version(path: Path, _: object = None) -> str:
 
 
 if __name__ == "__main__":
-    main(predict, operators, version)
+    from qat.runtimes.ort_text import complete, encode, logprobs, score, tokenize
+
+    main(predict, operators, version, score, logprobs, tokenize, complete, encode)

@@ -175,7 +175,7 @@ def test_grids_that_integer_kernels_do_not_take_are_refused(kind, spec, why):
     config = {"layers": [{"name": "a", "kind": kind}]}
     assert why in str(refuse("a.weight", kind, (8, 64), spec, config))
     assert refuse("a.weight", kind, (8, 64), None, config) is None
-    assert "gguf" in str(refuse("a.weight", kind, (8, 64), spec, {"model_type": "gpt2"}))
+    assert "hf" in str(refuse("a.weight", kind, (8, 64), spec, {"model_type": "bloom"}))
 
 
 def test_an_input_grid_that_the_runtime_would_round_otherwise_is_refused(tmp_path):
