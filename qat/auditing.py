@@ -60,7 +60,7 @@ class Audit:
 
     def export_nbytes(self, target: str) -> int:
         """Bytes that the export holds besides its tokenizer and header."""
-        stored = import_module(f"qat.exporters.{target}").stored_dtype
+        stored = getattr(import_module(f"qat.exporters.{target}"), "stored_dtype", _as_it_is)
         return int(sum(r.nbytes(stored(r.name, r.shape, r.dtype)) for r in self.rows))
 
     def coverage(self) -> list[dict[str, Any]]:
@@ -68,6 +68,10 @@ class Audit:
         schemes = [r.spec.label() if r.spec else "float" for r in self.rows]
         entries = zip(self.rows, schemes, strict=True)
         return [{"name": r.name, "shape": list(r.shape), "scheme": s, "reason": r.reason} for r, s in entries]
+
+
+def _as_it_is(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    return dtype
 
 
 def _match(rules: Sequence[Rule], path: str, kind: str) -> int | None:

@@ -121,3 +121,14 @@ def test_an_export_that_cannot_hold_the_grid_is_refused() -> None:
     three = Scheme(weight=QuantSpec(qtype="int3", block=(1, 32)))
     model, rules = gpt2(), [Rule(type="Conv1D", scheme=three)]
     refused(model, rules, r"export to gguf: .*\.weight .*shape", targets=["gguf"], config=model.config.to_dict())
+
+
+def test_inputs_that_a_target_cannot_hold() -> None:
+    inputs = QuantSpec(qtype="uint8", block=(-1, -1), range="minmax", scale="float32", offset="zero_point")
+    weight = QuantSpec(qtype="int8", block=(1, 32))
+    scheme = Scheme(weight=weight, input=inputs, static=True)
+    rules = [Rule(path="(?!.*lm_head).*", type="Conv1D", scheme=scheme)]
+    config = gpt2().config.to_dict()
+    refused(gpt2(), rules, "llama.cpp quantizes inputs of Q8_0 weights in its own way", targets=["gguf"], config=config)
+    refused(gpt2(), rules, "export to onnx: transformer.h.0.attn.c_attn.weight", targets=["onnx"], config=config)
+    assert audit(gpt2(), rules, targets=["hf"], config=config).rows

@@ -74,14 +74,6 @@ def test_a_weight_whose_scale_overflows_is_named() -> None:
     assert refusal(model, [Rule(type="Conv1D", scheme=bfloat16)]) == ""
 
 
-def test_inputs_that_a_target_cannot_hold() -> None:
-    dynamic = [Rule(scheme=Scheme(weight=STATIC.weight, input=QuantSpec(qtype="int8", block=(-1, -1))))]
-    assert "export to onnx: the input of 0: it is quantized dynamically" in refusal(cnn(), dynamic, targets=["onnx"])
-    assert "llama.cpp multiplies float weights with float inputs" in refusal(cnn(), dynamic, targets=["gguf"])
-    assert refusal(cnn(), dynamic, targets=["hf"]) == ""
-    assert refusal(cnn(), STATIC_RULES, targets=["onnx"]) == ""
-
-
 def test_a_run_is_refused_before_its_folder_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

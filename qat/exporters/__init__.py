@@ -1,8 +1,9 @@
-"""Export targets, one file each: `refuse`, `stored_dtype`, `export`, `read` and the RUNTIME that must run the result.
+"""Export targets, one file each: `refuse`, `export`, `read` and the RUNTIME that must run the result.
 
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
-one file with those five names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
-`refuse_scheme` and `as_held` (a Frozen as the file can say it) are for targets that have something to say there.
+one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
+`refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `stored_dtype` (of unquantized
+parameters), `as_held` (a Frozen as the file can say it) and `caveats` are for targets that have something to say there.
 """
 
 import json
@@ -104,5 +105,5 @@ def _method(folder: Path) -> str:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return "mlx" if "quantization" in config else (config.get("quantization_config") or {}).get("quant_method", "")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError):
         return ""

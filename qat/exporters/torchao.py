@@ -63,7 +63,8 @@ def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
     if not scheme.static and spec == (SYMMETRIC if _is_int8(weight) else ASYMMETRIC):
         return None
     fits = "torchao_int8_dynamic" if _is_int8(weight) else "8da4w"
-    return f"inputs on {spec.label()}{', static,' if scheme.static else ''} are not what torchao computes; scheme={fits} has that"
+    static = ", static," if scheme.static else ""
+    return f"inputs on {spec.label()}{static} are not what torchao computes; scheme={fits} has that"
 
 
 def _is_int8(spec: QuantSpec) -> bool:
