@@ -26,8 +26,6 @@ def default(name: str) -> Path:
 
 def refuse_used(path: Path) -> None:
     """Raise UserError if a run has already left checkpoints or a report in `path`, or if it can't be a folder."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run_dir={path} is a file; give a folder")
     refuse_unwritable("run_dir", path)
     if (path / "report.json").exists() or any((path / "checkpoints").rglob("*.ckpt")):
         raise UserError(f"run_dir={path} already holds a run; continue it with resume={path}, or give another run_dir")
