@@ -163,6 +163,9 @@ def test_a_run_leaves_the_folder_of_the_contract_and_resumes(
     expected = {"config.yaml", "report.json", "report.html", "metrics.csv", "checkpoints", "model"}
     assert {path.name for path in run.iterdir()} == expected
     assert "already holds a run" in refused(capsys, *arguments)
+    before = (run / "config.yaml").read_bytes()
+    assert "which is at step 2: give 2 or more" in refused(capsys, f"resume={run}", "trainer.max_steps=1")
+    assert (run / "config.yaml").read_bytes() == before
     longer = call([*command()[:2], f"resume={run}", "trainer.max_steps=3"], tmp_path / "cache")
     assert longer.returncode == 0, longer.stderr
     assert run_folder.read(run)["trainer"]["max_steps"] == 3
