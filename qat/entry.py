@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from qat import overrides, recipes, run_folder
 from qat.errors import UserError, VerifyError, disk_errors
+from qat.files import refuse_unwritable
 from qat.settings import check, suggestion
 
 
@@ -117,6 +118,8 @@ def launch(composed: DictConfig) -> None:
         raise UserError("run_dir is one folder, and --multirun needs one for each job: leave it out")
     if config["run_dir"] is not None:
         run_folder.refuse_used(Path(config["run_dir"]))
+    else:
+        refuse_unwritable("run_dir", run_folder.OUTPUTS.absolute())
     execute(config)
 
 

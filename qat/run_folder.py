@@ -12,11 +12,12 @@ from qat.errors import UserError
 from qat.files import atomic_write, refuse_unwritable
 
 CONFIG = "config.yaml"
+OUTPUTS = Path("outputs")
 
 
 def default(name: str) -> Path:
     """outputs/NAME/TIMESTAMP, with a number behind it should two runs start within a second."""
-    stem = Path("outputs") / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    stem = OUTPUTS / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     path, number = stem, 1
     while path.exists():
         number += 1
@@ -38,7 +39,7 @@ def create(path: Path, config: dict[str, Any]) -> None:
         atomic_write(path / CONFIG, OmegaConf.to_yaml(OmegaConf.create({**config, "run_dir": str(path)})))
     except OSError as error:
         raise UserError(f"run_dir={path} cannot be written ({error.strerror}); give another run_dir") from error
-    if path.parent.parent == Path("outputs"):
+    if path.parent.parent == OUTPUTS:
         link = path.parent / f".latest.{os.getpid()}"
         link.symlink_to(path.name)
         link.replace(path.parent / "latest")
