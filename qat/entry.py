@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from qat import overrides, recipes, run_folder
 from qat.errors import UserError, VerifyError, disk_errors
+from qat.files import refuse_unwritable
 from qat.settings import check, suggestion
 
 
@@ -52,6 +53,7 @@ def train(argv: list[str]) -> None:
         if folder.is_symlink():  # outputs/NAME/latest, which must not come to point at itself
             folder = folder.parent / folder.readlink()
         config: dict[str, Any] = {**run_folder.read(folder), "run_dir": str(folder)}
+        refuse_incomplete(config)
         if max_steps is not None:
             config["trainer"]["max_steps"] = max_steps
         execute(config)
@@ -76,6 +78,11 @@ def train(argv: list[str]) -> None:
         hydra.main(version_base="1.3", config_path=str(recipes.CONFIGS), config_name="train")(job)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(explain(error)) from error
+    except ValueError as error:
+        if not str(error).startswith("Config group override must be"):  # Hydra's, for GROUP=null
+            raise
+        nulls = " or ".join(a for a in argv if str(overrides.split(a)[1]).lower() == "null")
+        raise UserError(f"{nulls} names nothing: give one of the group's names, or leave it out") from error
     finally:
         sys.argv = script
     if failures:
@@ -95,6 +102,7 @@ def of_its_job(error: UserError | VerifyError, quoted: list[str]) -> UserError |
 def launch(composed: DictConfig) -> None:
     """One composed job (several with --multirun)."""
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    refuse_incomplete(config)
     chosen = HydraConfig.get()
     config["recipe"] = chosen.runtime.choices["recipe"]
     config["target"] = chosen.runtime.choices.get("target")
@@ -110,7 +118,19 @@ def launch(composed: DictConfig) -> None:
         raise UserError("run_dir is one folder, and --multirun needs one for each job: leave it out")
     if config["run_dir"] is not None:
         run_folder.refuse_used(Path(config["run_dir"]))
+    else:
+        refuse_unwritable("run_dir", run_folder.OUTPUTS.absolute())
     execute(config)
+
+
+def refuse_incomplete(config: dict[str, Any]) -> None:
+    """Raise UserError if a part that is read before `settings.check` is gone (`~data`), or is no mapping."""
+    for name, key in (("model", "_target_"), ("data", "_target_"), ("trainer", "_target_"), ("scheme", "rules")):
+        part = config.get(name)
+        if not isinstance(part, dict) or key not in part:
+            raise UserError(f"a run needs {name}, a mapping with {key}: choose one with {name}=NAME")
+    if "export" not in config:
+        raise UserError("the configuration lacks export")
 
 
 def refuse_contradiction(target: str, scheme: str | None, export: list[str]) -> None:

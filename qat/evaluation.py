@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qat.errors import UserError
+from qat.errors import UserError, VerifyError
 from qat.files import atomic_file
 
 Evaluated = dict[str, Tensor]
@@ -70,10 +71,13 @@ def save(answers: Evaluated, path: Path) -> None:
 
 
 def load(path: Path) -> Evaluated:
-    """Read the file. Raises UserError if it is not there."""
+    """Read the file. Raises UserError if it is not there, VerifyError if it is damaged."""
     if not path.is_file():
         raise UserError(f"{path} does not exist: the run it belongs to has not got as far as evaluation")
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise VerifyError(f"{path} cannot be read: {e}") from e
 
 
 def mean_loss(nll: Tensor, labels: Tensor) -> float:

@@ -1,8 +1,11 @@
 """Writing so that nothing half-written ever looks complete: temporary sibling, flush, rename; and manifests."""
 
+import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
 import uuid
@@ -14,27 +17,33 @@ from typing import Any
 from qat.errors import UserError, VerifyError, disk_errors
 
 MANIFEST = "manifest.json"
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Generator[Path]:
-    """Yield an empty temporary sibling of `path`; on success it replaces `path`, on any error it is removed."""
+def atomic_folder(path: Path, *, shared: bool = False) -> Generator[Path]:
+    """Yield an empty temporary sibling of `path`; on success it replaces `path`, on any error it is removed.
+
+    shared: whoever writes `path` writes the same, so that what another process finished in the meantime stays.
+    """
     with disk_errors(path):
-        yield from _folder(Path(path))
+        yield from _folder(Path(path), shared)
 
 
-def _folder(path: Path) -> Generator[Path]:
+def _folder(path: Path, shared: bool) -> Generator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.????????.partial"):  # of a process that was killed
+    for stale in _stale(path):
         shutil.rmtree(stale, ignore_errors=True)
-    temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    temp = _sibling(path)
     temp.mkdir()
     try:
         yield temp
         for file in temp.rglob("*"):
             if file.is_file():
                 _flush(file)
-        if path.exists():
+        if shared:
+            _rename_unless_there(temp, path)
+        elif path.exists():
             old = temp.with_suffix(".old")
             path.rename(old)
             temp.rename(path)
@@ -46,6 +55,15 @@ def _folder(path: Path) -> Generator[Path]:
         raise
 
 
+def _rename_unless_there(temp: Path, path: Path) -> None:
+    try:
+        temp.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+        shutil.rmtree(temp)
+
+
 def atomic_write(path: Path, content: str | bytes) -> None:
     """Replace one file as a whole."""
     with atomic_file(path) as temp:
@@ -55,8 +73,8 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Generator[Path]:
     """Yield the name of a temporary sibling to write; on success it replaces `path`, on any error it is removed."""
-    temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
-    for stale in path.parent.glob(f".{path.name}.????????.partial"):  # of a process that was killed
+    temp = _sibling(path)
+    for stale in _stale(path):
         stale.unlink(missing_ok=True)
     with disk_errors(path):
         try:
@@ -66,6 +84,25 @@ def atomic_file(path: Path) -> Generator[Path]:
         except BaseException:
             temp.unlink(missing_ok=True)
             raise
+
+
+def _sibling(path: Path) -> Path:
+    return path.parent / f".{path.name}.{HOST}.{os.getpid()}.{uuid.uuid4().hex[:8]}.partial"
+
+
+def _stale(path: Path) -> list[Path]:
+    """The temporary siblings of `path` whose process, on this host, was killed: others may be writing theirs."""
+    ours = re.compile(rf"\.{re.escape(path.name)}\.{HOST}\.(\d+)\.[0-9a-f]{{8}}\.partial", re.DOTALL)
+    found = ((ours.fullmatch(p.name), p) for p in path.parent.glob(".*.partial"))
+    return [p for match, p in found if match and not _lives(int(match[1]))]
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM  # another user's
+    return True
 
 
 def refuse_unwritable(name: str, folder: Path) -> None:

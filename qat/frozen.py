@@ -148,6 +148,14 @@ class Frozen:
         return frozen
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The `config` of a frozen folder alone, unchecked. Raises VerifyError if frozen.json cannot be read."""
+    try:
+        return json.loads((path / "frozen.json").read_text())["config"]
+    except (OSError, ValueError, KeyError) as e:
+        raise VerifyError(f"{path / 'frozen.json'} cannot be read: {e}") from e
+
+
 def digest(t: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
     flat = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

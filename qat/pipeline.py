@@ -38,6 +38,7 @@ from qat.report.schema import Report, Stage, recovered, write_report
 from qat.report.table import next_commands, result_table
 from qat.shipping import ship, tokenizer_files
 from qat.stages import Stages
+from qat.training.checkpoints import refuse_fewer_steps
 from qat.training.fit import Checkpointing, Evaluation, Fitted, fit
 from qat.training.limits import refuse_trainer
 from qat.training.optim import Optimizer
@@ -86,6 +87,8 @@ def run(
     """
     _quiet()
     refuse_trainer(trainer)
+    if run_dir is not None:
+        refuse_fewer_steps(run_dir / "checkpoints", trainer.keywords["max_steps"])
     at_least("calibration_batches", calibration_batches, 0)
     at_least("quant_start_step", quant_start_step, 0)
     at_least("observer_freeze_step", observer_freeze_step or 0, 0)

@@ -20,7 +20,7 @@ def refuse_missing(config: dict[str, Any]) -> None:
     reason = ""
     for part, used in (("model", load.EMBEDDED), ("data", published.STAND_IN)):
         node = config[part]
-        look = LOOK.get(node.get("_target_"))
+        look = LOOK.get(str(node["_target_"]))
         if look is None:
             continue
         offline = node.get("offline", "error")
@@ -49,7 +49,7 @@ def _data(path: str, key: str, node: dict[str, Any]) -> str | None:
     return published.away(path, node.get("config"), key) if published.local(path, key) is None else None
 
 
-LOOK: dict[Any, Callable[[str, str, dict[str, Any]], str | None]] = {
+LOOK: dict[str, Callable[[str, str, dict[str, Any]], str | None]] = {
     "qat.models.load.Pretrained": _model,
     "qat.data.custom.CustomData": _data,
     "qat.data.wikitext2.WikiText2": _data,

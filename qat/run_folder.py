@@ -12,11 +12,12 @@ from qat.errors import UserError
 from qat.files import atomic_write, refuse_unwritable
 
 CONFIG = "config.yaml"
+OUTPUTS = Path("outputs")
 
 
 def default(name: str) -> Path:
     """outputs/NAME/TIMESTAMP, with a number behind it should two runs start within a second."""
-    stem = Path("outputs") / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    stem = OUTPUTS / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     path, number = stem, 1
     while path.exists():
         number += 1
@@ -26,8 +27,6 @@ def default(name: str) -> Path:
 
 def refuse_used(path: Path) -> None:
     """Raise UserError if a run has already left checkpoints or a report in `path`, or if it can't be a folder."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"run_dir={path} is a file; give a folder")
     refuse_unwritable("run_dir", path)
     if (path / "report.json").exists() or any((path / "checkpoints").rglob("*.ckpt")):
         raise UserError(f"run_dir={path} already holds a run; continue it with resume={path}, or give another run_dir")
@@ -40,7 +39,7 @@ def create(path: Path, config: dict[str, Any]) -> None:
         atomic_write(path / CONFIG, OmegaConf.to_yaml(OmegaConf.create({**config, "run_dir": str(path)})))
     except OSError as error:
         raise UserError(f"run_dir={path} cannot be written ({error.strerror}); give another run_dir") from error
-    if path.parent.parent == Path("outputs"):
+    if path.parent.parent == OUTPUTS:
         link = path.parent / f".latest.{os.getpid()}"
         link.symlink_to(path.name)
         link.replace(path.parent / "latest")

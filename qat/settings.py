@@ -7,7 +7,7 @@ must fit the parameter's annotation. Importing the targets is the only work done
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
@@ -15,6 +15,7 @@ from hydra.utils import get_object
 from qat.errors import UserError
 
 PLAIN = (bool, int, float, str)
+CONTAINERS = (dict, Mapping, list, tuple, Iterable, Sequence, object)
 
 
 def check(config: dict[str, Any], consumer: Callable[..., Any]) -> None:
@@ -26,13 +27,15 @@ def check(config: dict[str, Any], consumer: Callable[..., Any]) -> None:
 def _check_nested(node: Any, path: str) -> None:
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
-        where = f"{path}.{key}" if path else str(key)
+        where = f"{path}[{key}]" if isinstance(node, list) else f"{path}.{key}" if path else str(key)
         if isinstance(value, dict) and "_target_" in value:
             arguments = {k: v for k, v in value.items() if not k.startswith("_")}
             try:
                 target = get_object(value["_target_"])
-            except ImportError as error:
-                raise UserError(f"{where}._target_: {str(error).splitlines()[0]}") from error
+            except (ImportError, ValueError, AttributeError) as error:  # Hydra expects text with names between dots
+                raise UserError(f"{where}._target_={value['_target_']}: {str(error).splitlines()[0]}") from error
+            if not callable(target):
+                raise UserError(f"{where}._target_={value['_target_']} is not a class or a function")
             _check_call(arguments, target, where, complete=not value.get("_partial_"))
         _check_nested(value, where)
 
@@ -43,12 +46,22 @@ def _check_call(arguments: dict[str, Any], target: Callable[..., Any], path: str
         name = f"{path}.{key}" if path else key
         if key not in accepted:
             raise UserError(f"there is no key {name}; {suggestion(key, accepted)}")
-        kind = accepted[key][0]
-        if not _fits(value, kind):
-            raise UserError(f"{name}={value!r} does not fit: {_say(kind)} is expected")
+        _check_value(name, value, accepted[key][0])
     missing = [key for key, (_, required) in accepted.items() if required and key not in arguments]
     if complete and missing:
         raise UserError(f"the configuration lacks {f'{path}.' if path else ''}{missing[0]}")
+
+
+def _check_value(name: str, value: Any, kind: Any) -> None:
+    """Into lists and mappings, so that the message names the entry."""
+    if get_origin(kind) is dict and isinstance(value, dict):
+        for key, entry in value.items():
+            _check_value(f"{name}.{key}", entry, get_args(kind)[1])
+    elif get_origin(kind) is list and isinstance(value, list):
+        for i, entry in enumerate(value):
+            _check_value(f"{name}[{i}]", entry, get_args(kind)[0])
+    elif not _fits(value, kind):
+        raise UserError(f"{name}={value!r} does not fit: {_say(kind)} is expected")
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, tuple[Any, bool]]:
@@ -85,7 +98,11 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin in (list, tuple) and isinstance(value, list):
         kinds = [k for k in get_args(kind) if k is not Ellipsis]
         return all(any(_fits(v, k) for k in kinds) for v in value)
-    return kind is Any or not isinstance(value, PLAIN)  # objects: their own _target_ is checked, None by the callee
+    if kind is Any:
+        return True
+    if isinstance(value, dict | list) and (origin or kind) not in CONTAINERS:  # an object: its arguments come next
+        return isinstance(value, dict) and "_target_" in value
+    return value is not None and not isinstance(value, PLAIN)
 
 
 def _say(kind: Any) -> str:

@@ -1,5 +1,6 @@
 """What the commands of an export refuse: text longer than the model, counts out of range, damaged folders."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,17 +9,23 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from qat import cli
 from qat.conversion import convert, prepare
 from qat.exporters import export
+from qat.frozen import Frozen
 from qat.models.load import ASSETS
 from qat.scheme import QuantSpec, Rule, Scheme
 
+FILES = {name: (ASSETS / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
 RULE = Rule(type="Conv1D", scheme=Scheme(weight=QuantSpec(qtype="int4", block=(1, 32))))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def frozen() -> Frozen:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=32, n_layer=1, n_head=2, n_positions=32))
-    files = {name: (ASSETS / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
-    return export(convert(prepare(model, [RULE]), tokenizer=files), "hf", tmp_path_factory.mktemp("e") / "hf")
+    return convert(prepare(model, [RULE]), tokenizer=FILES)
+
+
+@pytest.fixture(scope="module")
+def folder(frozen: Frozen, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(frozen, "hf", tmp_path_factory.mktemp("e") / "hf")
 
 
 @pytest.mark.parametrize(
@@ -55,3 +62,16 @@ def test_a_folder_without_its_vocabulary_or_cut_short(
     weights.write_bytes(weights.read_bytes()[:-100])
     assert cli.main(generate) == 3
     assert "model.safetensors cannot be read" in capsys.readouterr().err
+
+
+def test_a_language_model_that_lost_its_tokenizer_is_told_so(
+    frozen: Frozen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frozen.save(tmp_path / "frozen")
+    shutil.rmtree(tmp_path / "frozen" / "tokenizer")
+    for command in (["eval", str(tmp_path)], ["generate", str(tmp_path), "--prompt", "import"]):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.startswith(f"error: there is no tokenizer beside {tmp_path}; ")
+    (tmp_path / "frozen" / "frozen.json").write_text("{")
+    assert cli.main(["eval", str(tmp_path)]) == 3
+    assert "frozen.json cannot be read" in capsys.readouterr().err

@@ -64,6 +64,13 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str])
         ("trainer.accumulate_grad_batches=0", "trainer.accumulate_grad_batches=0"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1"),
         ("trainer.devices=0", "Lightning refuses the trainer.* settings"),
+        *((f"~{part}", f"a run needs {part}, a mapping") for part in ("model", "data", "trainer", "scheme")),
+        *((f"~{part}", f"lacks {part}") for part in ("export", "optimizer", "task")),
+        ("~scheme.rules", "a run needs scheme, a mapping with rules"),
+        ("model._target_=[1]", "model._target_=[1]: "),
+        ("scheme.rules=[3]", "scheme.rules[0]=3 does not fit: Rule is expected"),
+        ("model=null", "model=null names nothing"),
+        (f"run_dir={'a' * 300}", "File name too long"),
         ("target=null export=foo scheme=int4_g32", "no export target 'foo'"),
         ("target=llama_cpp export=hf", "export=hf contradicts target=llama_cpp"),
         ("target=llama_cpp export=hf+gguf", "export=hf contradicts target=llama_cpp"),
@@ -156,6 +163,9 @@ def test_a_run_leaves_the_folder_of_the_contract_and_resumes(
     expected = {"config.yaml", "report.json", "report.html", "metrics.csv", "checkpoints", "model"}
     assert {path.name for path in run.iterdir()} == expected
     assert "already holds a run" in refused(capsys, *arguments)
+    before = (run / "config.yaml").read_bytes()
+    assert "which is at step 2: give 2 or more" in refused(capsys, f"resume={run}", "trainer.max_steps=1")
+    assert (run / "config.yaml").read_bytes() == before
     longer = call([*command()[:2], f"resume={run}", "trainer.max_steps=3"], tmp_path / "cache")
     assert longer.returncode == 0, longer.stderr
     assert run_folder.read(run)["trainer"]["max_steps"] == 3

@@ -1,12 +1,15 @@
 """Writes are whole or not at all, leave nothing behind on a full disk, and are refused early where they can't be."""
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qat.errors import UserError
-from qat.files import atomic_file, atomic_folder, atomic_write, refuse_unwritable
+from qat.files import HOST, atomic_file, atomic_folder, atomic_write, refuse_unwritable
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -34,11 +37,46 @@ def test_a_full_disk_names_the_target_and_leaves_the_old_file(tmp_path: Path) ->
     assert path.read_text() == "old"
 
 
+KILLED = """
+import os, sys
+from pathlib import Path
+from qat.files import atomic_file, atomic_folder
+with atomic_folder(Path(sys.argv[1])), atomic_file(Path(sys.argv[2])) as file:
+    file.touch()
+    os.kill(os.getpid(), 9)
+"""
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ".file.0123abcd.partial").write_text("half")
-    (tmp_path / ".other.0123abcd.partial").write_text("half")
-    atomic_write(tmp_path / "file", "new")
-    assert {p.name for p in tmp_path.iterdir()} == {"file", ".other.0123abcd.partial"}
+    folder, file = tmp_path / "a folder [1]", tmp_path / "a file.b"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(file)], check=False)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 2
+    atomic_write(tmp_path / "a file", "has another name")
+    with atomic_folder(folder):
+        pass
+    assert len(list(tmp_path.iterdir())) == 3
+    atomic_write(file, "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"a file", file.name, folder.name}
+
+
+def test_what_others_are_writing_stays(tmp_path: Path) -> None:
+    alive = [f".name.{HOST}.{process}.0123abcd.partial" for process in (os.getpid(), os.getppid(), 1)]
+    elsewhere = [f".name.{'0' * 8}.{2**22 + 1}.0123abcd.partial"]  # no process here has such a number
+    for left in alive + elsewhere:
+        (tmp_path / left).touch()
+    atomic_write(tmp_path / "name", "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"name", *alive, *elsewhere}
+
+
+def test_the_first_of_two_writers_of_the_same_folder_wins_and_neither_fails(tmp_path: Path) -> None:
+    path = tmp_path / "cached"
+    with atomic_folder(path, shared=True) as slow:
+        (slow / "part").write_text("slow")
+        with atomic_folder(path, shared=True) as fast:
+            (fast / "part").write_text("fast")
+    assert (path / "part").read_text() == "fast"
+    assert [p.name for p in tmp_path.iterdir()] == ["cached"]
 
 
 def test_a_place_that_cannot_be_written_is_refused_and_one_that_can_stays_as_it_was(tmp_path: Path) -> None:

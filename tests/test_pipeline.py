@@ -132,6 +132,11 @@ def test_digits_run_as_integers(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ):
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err
+    kept = run_dir / "evaluation.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-100])
+    for arguments in (["eval", str(run_dir)], ["verify", str(run_dir / "export" / "onnx")]):
+        assert cli.main(arguments) == 3
+        assert capsys.readouterr().err.startswith(f"error: {kept} cannot be read: ")
 
 
 def test_a_missing_runtime_is_refused_before_any_work(

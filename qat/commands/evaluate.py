@@ -45,11 +45,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def classifies(path: Path, target: str) -> bool:
-    """Whether it is a classifier: frozen without a tokenizer, or run by a runtime that takes inputs and not tokens."""
+    """Whether it is a classifier: frozen as a list of layers, or run by a runtime that takes inputs and not tokens."""
     from qat.exporters import target_module
+    from qat.frozen import read_config
 
     if target == "frozen":
-        return not any((folder / "tokenizer").is_dir() for folder in (path, path / "frozen"))
+        return "layers" in read_config(path / "frozen" if (path / "frozen").is_dir() else path)
     return hasattr(import_module(f"qat.runtimes.{target_module(target).RUNTIME}"), "predict")
 
 

@@ -42,7 +42,7 @@ def store(
     key = digest.hexdigest()[:32]
     folder = cache_dir / "rows" / key
     if not folder.exists():
-        with atomic_folder(folder) as scratch:
+        with atomic_folder(folder, shared=True) as scratch:  # another run may prepare the same
             report = _write(scratch / "rows.arrow", files, text_column, skip, render)
             (scratch / "report.json").write_text(json.dumps(report))
     report = json.loads((folder / "report.json").read_text())

@@ -73,6 +73,18 @@ class Checkpoints(pl.Callback):
             trainer.save_checkpoint(temporary, weights_only=weights_only)
 
 
+def refuse_fewer_steps(folder: Path, max_steps: int) -> None:
+    """Raise UserError if a last.ckpt under `folder` is further than `max_steps`, or damaged."""
+    for path in sorted(folder.rglob("last.ckpt")):
+        refuse_damaged(path)
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        if step > max_steps:
+            raise UserError(
+                f"trainer.max_steps={max_steps} is behind {path}, which is at step {step}: give {step} or more, "
+                "or start a new run"
+            )
+
+
 def refuse_damaged(path: Path) -> None:
     """Raise UserError unless the checkpoint, a zip file with a CRC for every tensor, is whole."""
     try:

@@ -86,9 +86,10 @@ def fit(
     module = task(model=model, optimizer=optimizer)
     saver = Checkpoints(folder, checkpoint.every_n_steps, evaluation.every_n_steps, best_from_step)
     clock = StepClock()
+    metrics = CsvMetrics(run_dir / "metrics.csv", arm)
     made = trainer(
         default_root_dir=run_dir,
-        logger=[CsvMetrics(run_dir / "metrics.csv", arm), *(make(run_dir=run_dir, arm=arm) for make in loggers)],
+        logger=[metrics, *(make(run_dir=run_dir, arm=arm) for make in loggers)],
         callbacks=[
             *callbacks,
             StopOnNonFinite(),
@@ -112,6 +113,7 @@ def fit(
             refuse_damaged(path)
     made.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
     if saver.validated_at != made.global_step:  # else the last steps could never be the best
+        metrics.forget_validation(made.global_step)  # of a finished run that is resumed
         made.validate(module, datamodule=data, verbose=False)
     if saver.best_path.exists():
         state = torch.load(saver.best_path, map_location="cpu", weights_only=True)["state_dict"]

@@ -60,6 +60,15 @@ class CsvMetrics(Logger):
         if self.path.exists():
             self._rewrite([row for row in self._read() if row["arm"] != self.arm or int(row["step"]) <= step])
 
+    def forget_validation(self, step: int) -> None:
+        """Drop this arm's validation at `step`, which is measured again."""
+        if self.path.exists():
+            self._rewrite([row for row in self._read() if not self._validates(row, step)])
+
+    def _validates(self, row: Row, step: int) -> bool:
+        here = row["arm"] == self.arm and row["step"] == str(step)
+        return here and any(value for name, value in row.items() if name.startswith("val/"))
+
     def _read(self) -> list[Row]:
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)

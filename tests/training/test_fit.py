@@ -15,6 +15,7 @@ from qat.errors import UserError
 from qat.quantizers.lsq import LSQ
 from qat.quantizers.observed import Observed
 from qat.scheme import QuantSpec, Rule, Scheme
+from qat.training.checkpoints import refuse_fewer_steps
 from qat.training.schedule import QuantSchedule
 
 
@@ -161,3 +162,15 @@ def test_non_finite_gradient_stops_before_the_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gradients.* step 0, first in transformer\.h\.0\.attn\.c_attn\.weight"):
         train(model, tmp_path)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_finished_run_that_is_resumed_has_its_last_validation_once(tmp_path: Path) -> None:
+    first = train(gpt2(), tmp_path)
+    again = train(gpt2(), tmp_path)  # 10 steps with a validation at every fourth: the one at the end is made afterwards
+    assert again.best_loss == first.best_loss
+    assert [row["step"] for row in rows(tmp_path) if row["val/loss"]] == ["4", "8", "10"]
+    assert [row["step"] for row in rows(tmp_path) if row["train/loss"]] == [str(step) for step in range(1, 11)]
+    for fewer in (0, 9):
+        with pytest.raises(UserError, match=rf"max_steps={fewer} is behind .*last\.ckpt, which is at step 10"):
+            refuse_fewer_steps(tmp_path / "checkpoints", fewer)
+    refuse_fewer_steps(tmp_path / "checkpoints", 10)
