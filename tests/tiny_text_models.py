@@ -7,9 +7,10 @@ import textwrap
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.convert_slow_tokenizer import generate_merges
 from transformers.pytorch_utils import Conv1D
 
 from qat.affine import choose_qparams, quantize
@@ -62,7 +63,8 @@ def byte_level_tokenizer(kind: str = "gpt-2", bos: bool = False) -> Tokenizer:
 def sentencepiece_tokenizer(prefix: str) -> Tokenizer:
     """Llama 2's kind: bytes as fallback, merges derived from scores exactly as transformers' converter derives them.
 
-    prefix: "prepend" (Llama 2's normalizer), "first" (Metaspace, as transformers writes it now), or "never".
+    prefix: "prepend" (Llama 2's normalizer), "first" (Metaspace, as transformers writes it now), "never", or "gemma":
+    no space before the text, and runs of spaces and newlines that are user-defined tokens.
     """
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -71,12 +73,20 @@ def sentencepiece_tokenizer(prefix: str) -> Tokenizer:
     merged = [left + right for left, right in pieces["merges"]]
     order = {piece: rank for rank, piece in enumerate(dict.fromkeys(merged))}
     singles = sorted(p for p in pieces["vocab"] if p not in order)
-    texts = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *order, *singles]
+    runs = [c * n for c in "\n▁" for n in range(1, 6) if c * n != "▁"] if prefix == "gemma" else []
+    order, singles = {t: r for t, r in order.items() if t not in runs}, [t for t in singles if t not in runs]
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *runs, *order, *singles]
     vocab = {text: i for i, text in enumerate(texts)}
     pairs = [(t[:i], t[i:]) for t in order for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
     pairs.sort(key=lambda p: (order[p[0] + p[1]], len(p[0]), len(p[1])))
+    if runs:
+        pairs = generate_merges(vocab, {**dict.fromkeys(runs, 0.0), **{t: -1.0 - r for t, r in order.items()}})
     tok = Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if prefix == "prepend":
+    if prefix == "gemma":
+        tok.normalizer = normalizers.Replace(" ", "▁")
+        tok.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tok.add_tokens([AddedToken(t, normalized=False) for t in runs])
+    elif prefix == "prepend":
         tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)

@@ -1,9 +1,9 @@
 """A Hugging Face tokenizer.json -> GGUF's tokenizer metadata, so that llama.cpp splits text into the same tokens.
 
-Two kinds exist in the families we export: byte-level BPE (GPT-2, Llama 3, Qwen), which llama.cpp calls "gpt2" and
-tells apart by the name of a pre-tokenizer regex; and SentencePiece-style BPE with byte fallback (Llama 2, Mistral),
-which it calls "llama" and drives by scores. What llama.cpp would split differently is refused, but for two rarities
-that every GGUF file has (`known_difference`).
+Two kinds exist in the families we export: byte-level BPE (GPT-2, GPT-NeoX, Llama 3, Qwen), which llama.cpp calls
+"gpt2" and tells apart by the name of a pre-tokenizer regex; and SentencePiece-style BPE with byte fallback (Llama 2,
+Mistral, Phi 3, Gemma), which it calls "llama" and drives by scores. What llama.cpp would split differently is refused,
+but for rarities that every GGUF file has (`known_difference`).
 """
 
 import json
@@ -69,8 +69,8 @@ def space_prefix(spec: dict[str, Any]) -> bool:
     match normalizers, _steps(spec["pre_tokenizer"], "pretokenizers"):
         case [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace"}], []:
             return True
-        case [{"type": "Replace", "content": "▁"}], []:
-            return False
+        case [{"type": "Replace", "content": "▁"}], [] | [{"type": "Split", "pattern": {"String": " "}}]:
+            return False  # Gemma splits at the spaces that are no longer there
         case [], [{"type": "Metaspace", "replacement": "▁", "split": False, "prepend_scheme": scheme}]:
             return scheme != "never"
     raise UserError(
@@ -99,6 +99,23 @@ def scores(vocab: dict[str, int], merges: list[tuple[str, str]]) -> dict[str, fl
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
     return [(left, right) for left, right in pairs]
+
+
+def user_defined(spec: dict[str, Any]) -> set[str]:
+    """Added tokens that are not special: llama.cpp finds them in the text before it merges anything."""
+    return {t["content"] for t in spec["added_tokens"] if not t["special"]}
+
+
+def without_user_defined(merges: list[tuple[str, str]], own: set[str]) -> list[tuple[str, str]]:
+    """The merges that SentencePiece's scores must say. Gemma's runs of spaces are user-defined, and merged first.
+
+    Raises UserError where finding them before any merge gives other tokens than merging them.
+    """
+    made = [left + right in own for left, right in merges]
+    rest = merges[sum(made) :]
+    if not all(made[: sum(made)]) or any("▁" in part and part in own for pair in rest for part in pair):
+        raise UserError("llama.cpp would split this tokenizer's user-defined tokens otherwise; use the hf target")
+    return rest
 
 
 def _token_types(spec: dict[str, Any], n_vocab: int) -> tuple[list[str], list[TokenType]]:
@@ -134,7 +151,9 @@ def write_tokenizer(w: GGUFWriter, files: dict[str, bytes], config: dict[str, An
     merges = _merges(model)
     if model.get("byte_fallback"):
         prefix = space_prefix(spec)
-        known = scores(model["vocab"], merges)
+        own = user_defined(spec)
+        known = scores(model["vocab"], without_user_defined(merges, own))
+        texts = [t.replace("▁", " ") if t in own else t for t in texts]  # they are looked for in the text as it is
         lowest = -float(len(known))
         w.add_tokenizer_model("llama")
         w.add_tokenizer_pre("default")
@@ -184,6 +203,9 @@ def known_difference(files: dict[str, bytes], line: str) -> str | None:
     composes = any(s["type"] == "NFC" for s in _steps(spec["normalizer"], "normalizers"))
     if composes and not unicodedata.is_normalized("NFC", line):
         return "llama.cpp does not compose characters (NFC)"
+    runs = [len(t) for t in user_defined(spec) if t == "▁" * len(t)] if spec["model"].get("byte_fallback") else []
+    if runs and ("▁" in line or " " * (max(runs) + 1) in line):
+        return f"llama.cpp takes runs of more than {max(runs)} spaces, and the character ▁, in other pieces"
     for step in _steps(spec["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Metaspace" and step["prepend_scheme"] != "never" and line.startswith((" ", "▁")):
             return "llama.cpp, as SentencePiece, puts a space before a line that begins with one; tokenizers does not"

@@ -1,18 +1,23 @@
 """Families' options (rotations, windows, caps, ties) with float weights in real llama.cpp, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
-from tiny_text_models import VOCAB, byte_level_tokenizer, tiny, tokenizer_files
+from tiny_text_models import VOCAB, byte_level_tokenizer, freeze, tiny, tokenizer_files
 
+from qat.exporters import export as write
 from qat.exporters.gguf import as_held, export, read, refuse, refuse_text
+from qat.files import MANIFEST
 from qat.frozen import Frozen
 from qat.modules.gelu import use_table_gelu
+from qat.verification import verify
 
 END = "<|endoftext|>"
+NORM = "model.norm.weight"
 LOCAL = {"rope_type": "default", "rope_theta": 300.0}
 EVERY_SECOND = {"num_hidden_layers": 3, "sliding_window": 8, "query_pre_attn_scalar": 16}
 SECOND_OF_THREE = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -85,8 +90,7 @@ def test_norms_that_the_file_holds_as_one_more(tmp_path: Path) -> None:
     """Gemma's file holds float32(1 + w), the number that the model multiplies with: many w have the same one, and
     what is read back is one of these."""
     model = tiny("gemma")
-    name = "model.norm.weight"
-    w = dict(model.named_parameters())[name].data
+    w = dict(model.named_parameters())[NORM].data
     w[:6] = torch.tensor([1e-9, -1e-9, 3.0000002, -1.0000001, 1e6, -0.3])
     frozen = floats(model)
     export(frozen, tmp_path)
@@ -95,13 +99,33 @@ def test_norms_that_the_file_holds_as_one_more(tmp_path: Path) -> None:
     got = read(tmp_path)
     assert got.digests() == as_held(frozen).digests()
     assert as_held(got).digests() == got.digests()
-    assert torch.equal(1.0 + got.floats[name], 1.0 + w)
-    assert not torch.equal(got.floats[name], w)
-    frozen.floats[name] = torch.nextafter(1.0 + w, torch.tensor(9.0)) - 1  # one unit in the last place of the file
-    assert as_held(frozen).digests()[name] != got.digests()[name]
+    assert torch.equal(1.0 + got.floats[NORM], 1.0 + w)
+    assert not torch.equal(got.floats[NORM], w)
+    frozen.floats[NORM] = torch.nextafter(1.0 + w, torch.tensor(9.0)) - 1  # one unit in the last place of the file
+    assert as_held(frozen).digests()[NORM] != got.digests()[NORM]
 
 
-NORM = "model.norm.weight"
+def test_verify_compares_with_what_the_file_can_say(tmp_path: Path) -> None:
+    """A Gemma of bfloat16 is proven by its manifest alone and against what was frozen; a norm moved by the smallest
+    step that the file can show is found both ways."""
+    frozen = freeze(tiny("gemma").bfloat16(), files())
+    frozen.save(tmp_path / "frozen")
+    path = write(frozen, "gguf", tmp_path / "gguf")
+    for against in (None, tmp_path / "frozen"):
+        verdict = verify(path, against=against, runtime=False)
+        assert verdict.differences == []
+        assert not [said for said in verdict.unchecked if "another form" in said]
+    held = as_held(frozen).floats[NORM] + 1
+    frozen.floats[NORM] = torch.nextafter(held, torch.tensor(9.0)) - 1
+    moved = write(frozen, "gguf", tmp_path / "moved")
+    assert verify(moved, runtime=False).differences == []
+    assert (
+        f"{NORM}: the unquantized values differ"
+        in verify(moved, against=tmp_path / "frozen", runtime=False).differences[0]
+    )
+    manifests = [json.loads((folder / MANIFEST).read_text()) for folder in (moved, path)]
+    (moved / MANIFEST).write_text(json.dumps({**manifests[0], "tensors": manifests[1]["tensors"]}))
+    assert verify(moved, runtime=False).differences == [f"{NORM}: not the tensor whose digest is in the manifest"]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,19 @@ from typing import Any
 import gguf
 import pytest
 from tiny_text_models import CORPUS, VOCAB, byte_level_tokenizer, freeze, sentencepiece_tokenizer, tiny, tokenizer_files
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from qat.errors import UserError
 from qat.exporters.gguf import export
-from qat.exporters.gguf_tokenizer import known_difference, pre_tokenizer, refuse_tokenizer, scores, space_prefix
+from qat.exporters.gguf_tokenizer import (
+    known_difference,
+    pre_tokenizer,
+    refuse_tokenizer,
+    scores,
+    space_prefix,
+    swallows_spaces,
+    without_user_defined,
+)
 
 HARD = [
     "",
@@ -76,12 +84,48 @@ def test_byte_level(kind: str, tmp_path: Path) -> None:
     assert left_out == (1 if kind == "qwen2" else 0)  # one line that is not in NFC
 
 
-@pytest.mark.parametrize("prefix", ["prepend", "first", "never"])
+def test_byte_level_with_runs_of_spaces(tmp_path: Path) -> None:
+    """GPT-NeoX and Phi 2: tokens that are not special and found before anything else."""
+    tok = byte_level_tokenizer("gpt-2")
+    tok.normalizer = normalizers.NFC()
+    tok.add_tokens([AddedToken(" " * n) for n in range(2, 9)])
+    assert pre_tokenizer(json.loads(tok.to_str())) == "gpt-2"
+    assert check(tok, tmp_path, eos_token="<|endoftext|>") == 1
+
+
+@pytest.mark.parametrize("prefix", ["prepend", "first", "never", "gemma"])
 def test_sentencepiece(prefix: str, tmp_path: Path) -> None:
     left_out = check(
         sentencepiece_tokenizer(prefix), tmp_path, bos_token="<s>", eos_token="</s>", unk_token={"content": "<unk>"}
     )
-    assert (left_out > 0) == (prefix == "first")
+    assert (left_out > 0) == (prefix in ("first", "gemma"))  # a space before a space; more spaces than a run has
+
+
+@pytest.mark.parametrize("swallow", [True, False])
+def test_phi3_tokens_swallow_spaces_if_the_tokenizer_says_so(swallow: bool, tmp_path: Path) -> None:
+    """llama.cpp decides it by the model's name."""
+    tok = sentencepiece_tokenizer("prepend")
+    tok.add_special_tokens([AddedToken("<|endoftext|>"), AddedToken("<|user|>", rstrip=swallow)])
+    spec = json.loads(tok.to_str())
+    end = next(t for t in spec["added_tokens"] if t["content"] == "</s>")
+    end |= {"rstrip": swallow, "special": False}
+    tok = Tokenizer.from_str(json.dumps(spec))
+    files = tokenizer_files(tok, bos_token="<s>", eos_token="<|endoftext|>")
+    assert swallows_spaces(files) == swallow
+    frozen = freeze(tiny("phi3", vocab_size=VOCAB + 8), files)
+    frozen.config["name"] = "none" if swallow else "My-Phi-3"
+    export(frozen, tmp_path)
+    pytest.importorskip("xllamacpp")
+    from qat.runtimes import llama_cpp
+
+    text = ["<|user|>  \n two", "<|user|> a</s>  b", "a <|endoftext|>  b", "plain  words"]
+    want = [tok.encode(line, add_special_tokens=False).ids for line in text]
+    assert llama_cpp.tokenize(tmp_path, text) == want
+    odd = changed(
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False), added=[AddedToken("<x>", rstrip=True)]
+    )
+    assert "keeps the spaces around added tokens" in str(known_difference(odd, "a<x> b"))
+    assert known_difference(odd, "a b") is None
 
 
 def fields(tok: Tokenizer, folder: Path, config: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
@@ -121,6 +165,7 @@ def test_sentencepiece_types(tmp_path: Path) -> None:
 
 def changed(**parts: Any) -> dict[str, bytes]:
     tok = byte_level_tokenizer()
+    tok.add_special_tokens(parts.pop("added", []))
     for name, part in parts.items():
         setattr(tok, name, part)
     return tokenizer_files(tok)
@@ -153,6 +198,14 @@ def test_merges_that_scores_cannot_say() -> None:
     for merges in ([("a", "b"), ("ab", "c")], [("ab", "c"), ("a", "b"), ("a", "bc")]):
         with pytest.raises(UserError, match="cannot be written as SentencePiece scores"):
             scores(vocab, merges)
+
+
+def test_user_defined_tokens_that_are_not_merged_first() -> None:
+    own = {"▁▁"}
+    assert without_user_defined([("▁", "▁"), ("a", "b")], own) == [("a", "b")]
+    for merges in ([("a", "b"), ("▁", "▁")], [("▁", "▁"), ("▁▁", "a")]):
+        with pytest.raises(UserError, match="user-defined tokens otherwise"):
+            without_user_defined(merges, own)
 
 
 def test_other_space_rules_are_refused() -> None:

@@ -49,6 +49,15 @@ def test_weights_in_memory_are_the_packed_ones(gpt2: tuple[Any, Frozen, Path]) -
     assert head.weight_scale is table.weight_scale
 
 
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_a_scaled_embedding(kind: str, tmp_path: Path) -> None:
+    """Gemma's is a class of its own, and its table is also the head's."""
+    model, frozen = prepared(kind, ALL, head_dim=16)
+    assert frozen.weights["model.embed_tokens.weight"].kind == "Embedding"
+    assert not [name for name in frozen.inputs if "embed" in name]
+    assert torch.equal(logits(qat.load(export(frozen, "hf", tmp_path / "out"))), logits(model))
+
+
 def test_a_folder_that_plain_transformers_reads_stays_packed_here(tmp_path: Path) -> None:
     model, frozen = prepared("llama", LINEAR)
     path = export(frozen, "hf", tmp_path / "out")
