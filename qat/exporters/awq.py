@@ -13,6 +13,7 @@ from torch import Tensor
 from qat.errors import VerifyError
 from qat.exporters import gptq_layout
 from qat.exporters.gptq_layout import (
+    caveats,
     check,
     collect,
     config_of,
@@ -25,6 +26,7 @@ from qat.exporters.gptq_layout import (
 from qat.exporters.hf_folder import write
 from qat.frozen import Frozen, FrozenWeight
 from qat.packing import pack, unpack
+from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec
 
 RUNTIME = "transformers_folder"
@@ -32,7 +34,12 @@ METHOD = "awq"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds column ORDER[i]
 INVERSE = [ORDER.index(i) for i in range(8)]
 
-__all__ = ["RUNTIME", "export", "read", "refuse", "refuse_scheme", "refuse_together"]
+__all__ = ["RUNTIME", "caveats", "export", "missing_runtime", "read", "refuse", "refuse_scheme", "refuse_together"]
+
+
+def missing_runtime() -> str | None:
+    """How to make the environment that this target is proven in; None if it is there."""
+    return missing_environment("gptqmodel")
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

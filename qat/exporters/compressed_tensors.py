@@ -30,6 +30,11 @@ def why_not(frozen: Frozen, dtype: torch.dtype) -> str | None:
         reason = _weight(w, name in frozen.ties.values(), dtype) or (given and _input(given, w.tensor.spec, dtype))
         if reason:
             return f"{name} {reason}"
+    if (
+        any(w.tensor.spec.offset for w in frozen.weights.values())
+        and len({_grid(frozen, n) for n in frozen.weights}) > 1
+    ):
+        return "some weights are asymmetric and grids differ: transformers dequantizes all on the first grid"
     alone = next((m for m in frozen.inputs if f"{m}.weight" not in frozen.weights), None)
     return f"{alone} has a quantized input and a float weight" if alone else None
 
@@ -109,12 +114,8 @@ def tensors(name: str, frozen: Frozen, dtype: torch.dtype) -> dict[str, Tensor]:
 def describe(frozen: Frozen) -> dict[str, Any]:
     """`quantization_config`: one group if all layers share a grid, else a group for each with its layers by name."""
     by_grid: dict[tuple[int, int, bool, str], list[str]] = {}
-    for name, w in frozen.weights.items():
-        spec, module = w.tensor.spec, name.removesuffix(".weight")
-        group = -1 if spec.block[1] == -1 or w.tensor.scale.shape[1] == 1 else spec.block[1]
-        given = frozen.inputs.get(module)
-        taken = "" if given is None else "tensor" if given.static else "token"
-        by_grid.setdefault((spec.type.bits, group, spec.offset is None, taken), []).append(module)
+    for name in frozen.weights:
+        by_grid.setdefault(_grid(frozen, name), []).append(name.removesuffix(".weight"))
     formats = {"int-quantized" if taken else "pack-quantized" for *_, taken in by_grid}
     left = [n for n, t in frozen.floats.items() if t.ndim == 2] + list(frozen.ties)
     narrow = {w.tensor.spec.scale for w in frozen.weights.values() if w.tensor.spec.offset}
@@ -143,6 +144,13 @@ def describe(frozen: Frozen) -> dict[str, Any]:
         "ties": frozen.ties,
         **({"asymmetric_scales": narrow.pop()} if len(narrow) == 1 else {}),  # stored wider than they need be
     }
+
+
+def _grid(frozen: Frozen, name: str) -> tuple[int, int, bool, str]:
+    """Of one weight: bits, group size or -1, whether it is symmetric, the strategy of its input or ""."""
+    spec, given = frozen.weights[name].tensor.spec, frozen.inputs.get(name.removesuffix(".weight"))
+    taken = "" if given is None else "tensor" if given.static else "token"
+    return spec.type.bits, spec.block[1], spec.offset is None, taken
 
 
 def _activations(taken: str) -> dict[str, Any] | None:

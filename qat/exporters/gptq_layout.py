@@ -71,6 +71,14 @@ def _global(spec: QuantSpec) -> tuple[int, int, bool]:
     return spec.type.bits, spec.block[1], spec.offset is None
 
 
+def caveats(frozen: Frozen) -> list[str]:
+    """What gptqmodel does differently from training."""
+    values = ((w.dequantize(torch.float16), w.dequantize()) for w in frozen.weights.values())
+    if all(torch.equal(half.float(), full) for half, full in values):
+        return []
+    return ["gptqmodel multiplies codes and scales in float16, which rounds some weights; training in float32"]
+
+
 def check(frozen: Frozen) -> QuantSpec:
     """The grid of all weights. Raises UserError if there is more than one, or a quantized input."""
     specs = {n: w.tensor.spec for n, w in frozen.weights.items()}

@@ -5,13 +5,13 @@ from typing import Any
 
 from qat.errors import UserError
 from qat.exporters import gptq
-from qat.exporters.gptq import read, refuse_scheme, refuse_together
+from qat.exporters.gptq import caveats, missing_runtime, read, refuse_scheme, refuse_together
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec
 
 RUNTIME = gptq.RUNTIME
 
-__all__ = ["RUNTIME", "export", "read", "refuse", "refuse_scheme", "refuse_together"]
+__all__ = ["RUNTIME", "caveats", "export", "missing_runtime", "read", "refuse", "refuse_scheme", "refuse_together"]
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

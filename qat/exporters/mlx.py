@@ -28,6 +28,7 @@ from qat.exporters.hf_folder import (
 )
 from qat.frozen import Frozen, FrozenWeight
 from qat.packing import pack, unpack
+from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "mlx"
@@ -35,6 +36,11 @@ BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # whose names mlx-lm shares and whose logits were compared
 KINDS = ("Linear", "Conv1D", "Embedding")
 CONV1D = re.compile(r"(model|transformer)\.h\.\d+\.(attn|mlp)\.c_\w+\.weight")
+
+
+def missing_runtime() -> str | None:
+    """How to make the environment that this target is proven in; None if it is there."""
+    return missing_environment("mlx")
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ Layout: torchao.prototype.safetensors, as of torchao 0.18.
 """
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ PARTS = ["qdata", "scale", "zero_point"]
 # torchao's inputs, a grid for each token: Int8DynamicActivationIntx (8da4w) and Int8DynamicActivationInt8
 ASYMMETRIC = QuantSpec(qtype="int8", range="minmax", divide="stored_inverse", scale="float32", offset="zero_point")
 SYMMETRIC = QuantSpec(qtype="int8", range="absmax_half", divide="stored_inverse", scale="float32")
+
+
+def missing_runtime() -> str | None:
+    """What to install where torchao is not there; None if it is."""
+    return None if find_spec("torchao") else "pip install torchao"
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

@@ -40,12 +40,18 @@ def interpreter(name: str) -> str:
     """
     if name not in PACKAGES:
         return sys.executable
-    python = folder(name) / "bin" / "python"
-    if not python.exists():
-        raise UserError(
-            f"{name} runs in an environment of its own: make it with python -m qat.runtimes.environments {name}"
-        )
-    return str(python)
+    if why := missing_environment(name):
+        raise UserError(f"{name} runs in an environment of its own: {why}")
+    return str(_python(name))
+
+
+def _python(name: str) -> Path:
+    return folder(name) / "bin" / "python"
+
+
+def missing_environment(name: str) -> str | None:
+    """How to make an environment that is not there; None if it is."""
+    return None if _python(name).exists() else f"make it with python -m qat.runtimes.environments {name}"
 
 
 def installed_in(name: str) -> str:

@@ -7,6 +7,7 @@ input is a JSON object: a function's name, its argument and the file for its ans
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def logprobs(model: Any, prompts: list[list[int]]) -> Tensor:
 
 def main() -> None:
     folder, with_qat = sys.argv[1], "--with-qat" in sys.argv
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print banners on standard output, which is for answers alone
     if with_qat:
         import qat  # noqa: F401  # registers quant_method "qat"
     model = None
@@ -67,7 +70,7 @@ def main() -> None:
         if not with_qat and "qat" in sys.modules:
             raise RuntimeError("qat was imported: this is no proof that transformers reads the folder on its own")
         save_file(answer, request["answer"])
-        print("done", flush=True)
+        print("done", file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class _Process:
         ]
         self.child = subprocess.Popen(
             command,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            # gptqmodel compiles its kernels on the first token, for minutes; eager they compute the same
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -85,6 +86,7 @@ class _Process:
             said = ""
         if said.strip() == "done":
             return load_file(answer)
+        self.child.stdin.close()
         self.child.wait()
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").strip().splitlines()

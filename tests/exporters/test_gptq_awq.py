@@ -1,6 +1,7 @@
 """GPTQ and AWQ folders: an independent numpy decoder, gptqmodel's own, and transformers' reload in its environment."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -164,9 +165,9 @@ def test_gptqmodel_computes_what_was_trained(tmp_path: Path) -> None:
     folders = {n: str(export(models[n][1], GRIDS[n][0], tmp_path / n)) for n in names}
     save_file({str(i): ids for i, ids in enumerate(PROMPTS[:5])}, tmp_path / "prompts")
     command = [python, "-P", "-c", RUN, str(ROOT / "qat/runtimes"), json.dumps(folders)]
-    done = subprocess.run(
-        [*command, tmp_path / "prompts", tmp_path / "got"], capture_output=True, text=True, check=False
-    )
+    command += [str(tmp_path / "prompts"), str(tmp_path / "got")]
+    eager = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # gptqmodel compiles its kernels for minutes
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=eager)
     assert done.returncode == 0, done.stderr[-3000:]
     got = load_file(tmp_path / "got")
     for name, (model, frozen) in models.items():
@@ -177,7 +178,10 @@ def test_gptqmodel_computes_what_was_trained(tmp_path: Path) -> None:
         other.load_state_dict({**frozen.state_dict(), **{n: t.float() for n, t in rounded.items()}})
         have = [got[f"{name}/{i}"] for i in range(5)]
         assert differences(have, logits(other)).max() <= 2e-6, name
-        assert differences(have, logits(model)).max() <= (2e-6 if INT4.qtype in name or "symm" in name else 5e-3), name
+        exact = all(torch.equal(rounded[n].float(), w.dequantize()) for n, w in frozen.weights.items())
+        assert exact == ("symmetric" in name or "v1" in name)  # four-bit codes times portable scales fit float16
+        assert differences(have, logits(model)).max() <= (2e-6 if exact else 5e-3), name
+        assert bool(target_module(GRIDS[name][0]).caveats(frozen)) == (not exact)
     answer = run("transformers_folder", Path(folders["symmetric"]), logprobs=[PROMPTS[0].tolist()], version="")
     assert "gptqmodel 7" in answer["version"]
     want = logits(models["symmetric"][0], 1)[0][-1].log_softmax(-1)

@@ -84,15 +84,25 @@ def test_bytes_are_the_librarys_own(scheme: str, kind: str, dtype: torch.dtype, 
 
 
 def test_fused_layers_share_their_input_scale() -> None:
-    _, frozen = trained("llama", rules("w8a8_static"))
-    scales = {n.removeprefix("model.layers.0."): float(i.scale) for n, i in frozen.inputs.items() if ".0." in n}
-    assert scales["self_attn.q_proj"] == scales["self_attn.k_proj"] == scales["self_attn.v_proj"]
-    assert scales["mlp.gate_proj"] == scales["mlp.up_proj"]
-    assert len(set(scales.values())) == 4
+    model, frozen = trained("llama", rules("w8a8_static"))
+    layer = model.model.layers[0]
+    q, k, v, o = (getattr(layer.self_attn, f"{n}_proj").input_quantizer for n in "qkvo")
+    gate, up, down = (getattr(layer.mlp, f"{n}_proj").input_quantizer for n in ("gate", "up", "down"))
+    assert q is k is v
+    assert gate is up
+    assert len({id(x) for x in (q, o, gate, down)}) == 4
+    scales = {n: i.scale for n, i in frozen.inputs.items()}
+    assert torch.equal(scales["model.layers.0.self_attn.q_proj"], scales["model.layers.0.self_attn.v_proj"])
 
 
 INT3 = QuantSpec(qtype="int3", block=(1, 32))
 MIXED = [rule(None, "lm_head"), rule(INT4, ".*(q|o)_proj", input=TOKEN), rule(INT3, ".*(k|v)_proj"), *rules("w8a8")[1:]]
+
+
+ROWS = [  # one group a row in most layers, two in the last
+    rule(None, "lm_head"),
+    rule(QuantSpec(qtype="int4", block=(1, 64), range="minmax", offset="zero_point")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +110,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What plain transformers computes from every folder, and what the trained models did."""
     root = tmp_path_factory.mktemp("vllm")
     models, folders = {}, {}
+    models["whole rows"] = trained("qwen2", ROWS, intermediate_size=128)
     for name in [*SCHEMES, "mixed"]:
         models[name] = trained("qwen2", MIXED if name == "mixed" else rules(name))
+    for name in models:
         folders[name] = export(models[name][1], "hf", root / name)
     got, _, failed = plain_transformers(folders, root)
     return {"logits": got, "models": models, "folders": folders, "failed": failed}
 
 
-@pytest.mark.parametrize("name", ["w8a16", "w8a8_static", "int4_g128_asymmetric"])
+@pytest.mark.parametrize("name", ["w8a16", "w8a8_static", "int4_g128_asymmetric", "whole rows"])
 def test_plain_transformers_computes_what_was_trained(name: str, plain: dict[str, Any]) -> None:
     assert equal(plain["logits"][name], logits(plain["models"][name][0]))
 
@@ -134,7 +146,7 @@ def test_dynamic_tokens_differ_in_transformers_by_its_own_scale_alone(name: str,
 
 
 def test_only_asymmetric_weights_fail_without_dequantize(plain: dict[str, Any]) -> None:
-    assert list(plain["failed"]) == ["int4_g128_asymmetric"]
+    assert sorted(plain["failed"]) == ["int4_g128_asymmetric", "whole rows"]
     assert "ignore_mismatched_sizes" in plain["failed"]["int4_g128_asymmetric"]
     (caveat,) = hf.caveats(plain["models"]["int4_g128_asymmetric"][1])
     assert "dequantize=True" in caveat
@@ -155,6 +167,12 @@ REFUSED = {
     "input scale that": rule(QuantSpec(qtype="int8"), input=replace(TENSOR, scale="float32"), static=True),
     "a float weight": rule(None, ".*down_proj", input=TOKEN),
 }
+
+
+def test_asymmetric_weights_on_two_grids_are_not_given_to_transformers() -> None:
+    scheme = [rule(None, "lm_head"), rule(INT4, ".*q_proj"), *rules("int4_g128_asymmetric")[1:]]
+    _, frozen = trained("llama", scheme)
+    assert "grids differ" in str(compressed_tensors.why_not(frozen, torch.float32))
 
 
 @pytest.mark.parametrize("why", REFUSED)
