@@ -67,7 +67,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str])
         *((f"~{part}", f"a run needs {part}, a mapping") for part in ("model", "data", "trainer", "scheme")),
         *((f"~{part}", f"lacks {part}") for part in ("export", "optimizer", "task")),
         ("~scheme.rules", "a run needs scheme, a mapping with rules"),
-        ("model._target_=[1]", "model._target_=[1]: "),
+        ("model._target_=[1]", "model._target_=[1] is not a class or a function"),
         ("scheme.rules=[3]", "scheme.rules[0]=3 does not fit: Rule is expected"),
         ("model=null", "model=null names nothing"),
         (f"run_dir={'a' * 300}", "File name too long"),
