@@ -30,12 +30,13 @@ def _check_nested(node: Any, path: str) -> None:
         where = f"{path}[{key}]" if isinstance(node, list) else f"{path}.{key}" if path else str(key)
         if isinstance(value, dict) and "_target_" in value:
             arguments = {k: v for k, v in value.items() if not k.startswith("_")}
+            name = value["_target_"]
             try:
-                target = get_object(value["_target_"])
-            except (ImportError, ValueError, AttributeError) as error:  # Hydra expects text with names between dots
-                raise UserError(f"{where}._target_={value['_target_']}: {str(error).splitlines()[0]}") from error
+                target = get_object(name) if isinstance(name, str) else None
+            except (ImportError, ValueError) as error:
+                raise UserError(f"{where}._target_={name}: {str(error).splitlines()[0]}") from error
             if not callable(target):
-                raise UserError(f"{where}._target_={value['_target_']} is not a class or a function")
+                raise UserError(f"{where}._target_={name} is not a class or a function")
             _check_call(arguments, target, where, complete=not value.get("_partial_"))
         _check_nested(value, where)
 

@@ -67,7 +67,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str])
         *((f"~{part}", f"a run needs {part}, a mapping") for part in ("model", "data", "trainer", "scheme")),
         *((f"~{part}", f"lacks {part}") for part in ("export", "optimizer", "task")),
         ("~scheme.rules", "a run needs scheme, a mapping with rules"),
-        ("model._target_=[1]", "model._target_=[1]: "),
+        ("model._target_=[1]", "model._target_=[1] is not a class or a function"),
         ("scheme.rules=[3]", "scheme.rules[0]=3 does not fit: Rule is expected"),
         ("model=null", "model=null names nothing"),
         (f"run_dir={'a' * 300}", "File name too long"),
@@ -113,6 +113,15 @@ def test_a_scheme_without_meaning_is_refused(
     assert "error: scheme.rules[0].scheme.weight: qtype is 'int9'" in refused(capsys, "recipe=odd")
 
 
+def test_a_working_folder_that_cannot_be_written_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "execute", lambda config: pytest.fail("work was begun"))
+    monkeypatch.chdir("/proc")  # where root cannot write either
+    message = refused(capsys, "recipe=pretrain_gpt2_mini")
+    assert message.startswith("error: run_dir=/proc/outputs cannot be written: /proc: ")
+
+
 def test_resume_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "resume=nowhere is no run folder" in refused(capsys, "resume=nowhere")
 
@@ -140,7 +149,9 @@ def test_resume_of_latest_goes_on_in_the_folder_behind_it(
     in_an_empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = run_folder.default("name")
-    run_folder.create(path, {"seed": 1})
+    parts = {name: {"_target_": "x"} for name in ("model", "data", "trainer")}
+    config = {"seed": 1, **parts, "scheme": {"rules": []}, "export": []}
+    run_folder.create(path, config)
     latest = path.with_name("latest")
 
     def execute(config: dict[str, object]) -> None:
@@ -149,7 +160,9 @@ def test_resume_of_latest_goes_on_in_the_folder_behind_it(
     monkeypatch.setattr(entry, "execute", execute)
     assert entry.main([f"resume={latest}"]) == 0
     assert latest.resolve() == path.resolve()
-    assert run_folder.read(latest) == {"seed": 1, "run_dir": str(path)}
+    assert run_folder.read(latest) == {**config, "run_dir": str(path)}
+    (path / "config.yaml").write_text("seed: 1")
+    assert entry.main([f"resume={path}"]) == 2
 
 
 def test_a_run_leaves_the_folder_of_the_contract_and_resumes(
