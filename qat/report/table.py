@@ -133,9 +133,13 @@ def _transformers(folder: Path) -> str:
     """Plain transformers where the layout is its own; `import qat` first where the folder says quant_method qat."""
     config = folder / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    ours = settings.get("quantization_config", {}).get("quant_method") == "qat"
+    quantized = settings.get("quantization_config", {})
+    more, options = "import qat; " if quantized.get("quant_method") == "qat" else "", ""
+    if any(not group["weights"]["symmetric"] for group in quantized.get("config_groups", {}).values()):
+        more = "from transformers import CompressedTensorsConfig as C; "  # the only way it loads asymmetric weights
+        options = ', model_kwargs={"quantization_config": C(dequantize=True)}'
     code = (
-        f"{'import qat; ' if ours else ''}from transformers import pipeline; "
-        f'print(pipeline("text-generation", {_literal(folder)})("{PROMPT}", max_new_tokens=40)[0]["generated_text"])'
+        f'{more}from transformers import pipeline; p = pipeline("text-generation", {_literal(folder)}{options}); '
+        f'print(p("{PROMPT}", max_new_tokens=40)[0]["generated_text"])'
     )
     return f"{_tool('python')} -c {shlex.quote(code)}"
