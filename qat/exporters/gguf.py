@@ -64,7 +64,9 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
     """Why GGUF cannot hold this parameter (a Hugging Face name), and what to do; None if it can."""
     if reason := refuse_model(config):
         return reason
-    if name not in names(config["model_type"], FAMILIES[config["model_type"]].n_layers(config)):
+    family = FAMILIES[config["model_type"]]
+    known = names(config["model_type"], family.n_layers(config))
+    if name not in known and not (family.tied and name == f"{family.head}.weight"):  # then it is the embedding
         return f"llama.cpp's {config['model_type']} has no tensor for {name}"
     if spec is None:
         return None

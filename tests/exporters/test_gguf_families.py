@@ -7,13 +7,15 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tiny_text_models import VOCAB, byte_level_tokenizer, freeze, tiny, tokenizer_files
+from tiny_text_models import INT8, VOCAB, byte_level_tokenizer, freeze, tiny, tokenizer_files
 
+from qat.auditing import audit
 from qat.exporters import export as write
 from qat.exporters.gguf import as_held, export, read, refuse, refuse_text
 from qat.files import MANIFEST
 from qat.frozen import Frozen
-from qat.modules.gelu import use_table_gelu
+from qat.modules.gelu import tanh_form, use_table_gelu
+from qat.scheme import Rule, Scheme
 from qat.verification import verify
 
 END = "<|endoftext|>"
@@ -126,6 +128,16 @@ def test_verify_compares_with_what_the_file_can_say(tmp_path: Path) -> None:
     manifests = [json.loads((folder / MANIFEST).read_text()) for folder in (moved, path)]
     (moved / MANIFEST).write_text(json.dumps({**manifests[0], "tensors": manifests[1]["tensors"]}))
     assert verify(moved, runtime=False).differences == [f"{NORM}: not the tensor whose digest is in the manifest"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_audit_lets_every_parameter_through(variant: str) -> None:
+    kind, changes = VARIANTS[variant]
+    model = tiny(kind, **changes)
+    everything = [Rule(scheme=Scheme(weight=INT8), type="Linear|Embedding")]
+    audited = audit(model, everything, targets=["gguf"], config=tanh_form(model.config.to_dict()))
+    left = [row.name for row in audited.rows if row.spec is None and len(row.shape) == 2]
+    assert left == []
 
 
 @pytest.mark.parametrize(
