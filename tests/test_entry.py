@@ -71,6 +71,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str])
         ("scheme.rules=[3]", "scheme.rules[0]=3 does not fit: Rule is expected"),
         ("model=null", "model=null names nothing"),
         (f"run_dir={'a' * 300}", "File name too long"),
+        (f"recipe=quickstart model.path=/{'a' * 300}", "is no file or folder: its name is too long"),
         ("target=null export=foo scheme=int4_g32", "no export target 'foo'"),
         ("target=llama_cpp export=hf", "export=hf contradicts target=llama_cpp"),
         ("target=llama_cpp export=hf+gguf", "export=hf contradicts target=llama_cpp"),
