@@ -71,7 +71,6 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str], argv: list[str])
         ("scheme.rules=[3]", "scheme.rules[0]=3 does not fit: Rule is expected"),
         ("model=null", "model=null names nothing"),
         (f"run_dir={'a' * 300}", "File name too long"),
-        (f"recipe=quickstart model.path=/{'a' * 300}", "is no file or folder: its name is too long"),
         ("target=null export=foo scheme=int4_g32", "no export target 'foo'"),
         ("target=llama_cpp export=hf", "export=hf contradicts target=llama_cpp"),
         ("target=llama_cpp export=hf+gguf", "export=hf contradicts target=llama_cpp"),
@@ -83,6 +82,11 @@ def test_wrong_input_is_named(
 ) -> None:
     assert message in refused(capsys, "recipe=pretrain_gpt2_mini", *override.split())
     assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_a_name_that_no_file_system_has(capsys: pytest.CaptureFixture[str], in_an_empty_folder: Path) -> None:
+    for given in (["recipe=quickstart", f"model.path=/{'a' * 300}"], [f"resume=/{'a' * 300}"]):
+        assert "is no file or folder: its name is too long" in refused(capsys, *given)
 
 
 def test_a_typo_in_a_recipe_file_is_refused(
