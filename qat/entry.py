@@ -3,6 +3,7 @@
 Nothing behind this file sees a DictConfig. Heavy imports wait until the command line has been understood.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ def main(argv: list[str]) -> int:
     except (UserError, VerifyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {str(error.filename)[:80]}… is no file or folder: its name is too long", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; continue with resume=RUN_DIR", file=sys.stderr)
         return 130
