@@ -3,7 +3,6 @@
 Nothing behind this file sees a DictConfig. Heavy imports wait until the command line has been understood.
 """
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from qat import overrides, recipes, run_folder
-from qat.errors import UserError, VerifyError, disk_errors
+from qat.errors import UserError, VerifyError, disk_errors, name_errors
 from qat.files import refuse_unwritable
 from qat.settings import check, suggestion
 
@@ -35,15 +34,11 @@ def main(argv: list[str]) -> int:
     Anything else is a bug and leaves by its traceback (exit code 1).
     """
     try:
-        train(argv)
+        with name_errors():
+            train(argv)
     except (UserError, VerifyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"error: {str(error.filename)[:80]}… is no file or folder: its name is too long", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; continue with resume=RUN_DIR", file=sys.stderr)
         return 130
@@ -105,6 +100,7 @@ def of_its_job(error: UserError | VerifyError, quoted: list[str]) -> UserError |
     return type(error)(f"job {chosen.job.num} ({own}): {error}")
 
 
+@name_errors()
 def launch(composed: DictConfig) -> None:
     """One composed job (several with --multirun)."""
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]

@@ -28,6 +28,17 @@ def at_least(name: str, value: float, least: float) -> None:
 
 
 @contextmanager
+def name_errors() -> Iterator[None]:
+    """A path that no file system can have is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UserError(f"{str(error.filename)[:80]}… is no file or folder: its name is too long") from error
+
+
+@contextmanager
 def disk_errors(path: Path | None = None) -> Iterator[None]:
     """A full, read-only or forbidden disk is the user's to put right: a UserError that names the file.
 
