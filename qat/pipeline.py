@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -36,6 +36,7 @@ from qat.report.audit import print_audit
 from qat.report.html import write_html
 from qat.report.schema import Report, Stage, recovered, write_report
 from qat.report.table import next_commands, result_table
+from qat.scheme import Rule
 from qat.shipping import ship, tokenizer_files
 from qat.stages import Stages
 from qat.training.checkpoints import refuse_fewer_steps
@@ -55,6 +56,14 @@ class Source(Protocol):
         ...
 
 
+class Numerics(TypedDict):
+    """`scheme=` of a recipe: which layers get which grid, and what else of the runtime training simulates."""
+
+    rules: list[Rule]
+    gelu: NotRequired[Literal["float16_table"] | None]
+    kv_cache: NotRequired[Literal["float16"] | None]
+
+
 def run(
     *,
     recipe: str,
@@ -68,7 +77,7 @@ def run(
     logger: Sequence[Callable[..., Logger]],
     evaluation: Evaluation,
     checkpoint: Checkpointing,
-    scheme: dict[str, Any],
+    scheme: Numerics,
     quantizer: WeightQuantizer,
     observer: Callable[[], Observer],
     calibration_batches: int,
@@ -97,9 +106,7 @@ def run(
     pl.seed_everything(seed, verbose=False)
     progress = Stages()
     rules = scheme["rules"]
-    simulated = {key: value for key, value in scheme.items() if key != "rules"}
-    if unknown := set(simulated) - {"gelu", "kv_cache"}:
-        raise UserError(f"there is no key scheme.{unknown.pop()}; known here: rules, gelu, kv_cache")
+    simulated: Any = {key: value for key, value in scheme.items() if key != "rules"}
     refuse_missing_runtimes(export)
     if export and not rules:
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from hydra.utils import get_object
 
@@ -58,6 +58,12 @@ def _check_value(name: str, value: Any, kind: Any) -> None:
     if get_origin(kind) is dict and isinstance(value, dict):
         for key, entry in value.items():
             _check_value(f"{name}.{key}", entry, get_args(kind)[1])
+    elif is_typeddict(kind) and isinstance(value, dict):
+        entries = get_type_hints(kind)
+        for key, entry in value.items():
+            if key not in entries:
+                raise UserError(f"there is no key {name}.{key}; {suggestion(key, entries)}")
+            _check_value(f"{name}.{key}", entry, entries[key])
     elif get_origin(kind) is list and isinstance(value, list):
         for i, entry in enumerate(value):
             _check_value(f"{name}[{i}]", entry, get_args(kind)[0])

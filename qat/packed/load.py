@@ -17,7 +17,7 @@ from torch import nn
 from qat.errors import UserError, VerifyError
 from qat.exporters.compressed_tensors_read import our_name, ours
 from qat.exporters.hf import packed_tensors, quantization
-from qat.exporters.hf_folder import float_dtype, weight_files
+from qat.exporters.hf_folder import float_dtype, understood, weight_files
 from qat.exporters.hf_layout import describe
 from qat.frozen import Frozen
 from qat.packed.replace import replace_layers, tie_layers
@@ -92,7 +92,8 @@ def _source(path: Path | str | Frozen) -> Iterator[tuple[dict[str, Any], dict[st
                 f = stack.enter_context(safe_open(file, "pt"))
             except SafetensorError as e:
                 raise VerifyError(f"{file} cannot be read: {e}") from e
-            tensors |= {name: _lazy(f, key, name, described) for key in f.keys() if (name := our_name(key))}  # noqa: SIM118
+            with understood(path / "config.json"):
+                tensors |= {name: _lazy(f, key, name, described) for key in f.keys() if (name := our_name(key))}  # noqa: SIM118
         yield config, described, tensors, path
 
 

@@ -39,8 +39,8 @@ def trained_cache(file: Path) -> str | None:
     """The KV cache that the model was trained with, from the file's own metadata."""
     try:
         field = GGUFReader(file).fields.get(KV_CACHE)
-    except (OSError, ValueError, LookupError) as error:
-        raise VerifyError(f"{file} is not a GGUF file: {error}") from error
+    except (OSError, ValueError, LookupError):
+        return None  # llama.cpp says better than we what is wrong with the file
     return None if field is None else str(field.contents())
 
 

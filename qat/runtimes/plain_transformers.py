@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
+ANSWERS = sys.stdout
+
 
 def load(folder: str) -> Any:
     """The folder's model. Asymmetric compressed-tensors weights load only if they are dequantized on the way."""
@@ -34,7 +36,7 @@ def score(model: Any, ids: Tensor) -> Tensor:
     out = []
     parts = ids.split(max(1, 2048 // ids.shape[1]))
     for done, rows in enumerate(parts):
-        print(f"progress {done} {len(parts)}", flush=True)
+        print(f"progress {done} {len(parts)}", file=ANSWERS, flush=True)
         logp = model(rows).logits[:, :-1].float().log_softmax(-1)
         out.append(logp.gather(-1, rows[:, 1:, None]).squeeze(-1))
     return torch.cat(out)
@@ -48,8 +50,6 @@ def logprobs(model: Any, prompts: list[list[int]]) -> Tensor:
 
 def main() -> None:
     folder, with_qat = sys.argv[1], "--with-qat" in sys.argv
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print banners on standard output, which is for answers alone
     if with_qat:
         import qat  # noqa: F401  # registers quant_method "qat"
     model = None
@@ -70,8 +70,10 @@ def main() -> None:
         if not with_qat and "qat" in sys.modules:
             raise RuntimeError("qat was imported: this is no proof that transformers reads the folder on its own")
         save_file(answer, request["answer"])
-        print("done", file=answers, flush=True)
+        print("done", file=ANSWERS, flush=True)
 
 
 if __name__ == "__main__":
+    ANSWERS = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print banners on standard output, which is for answers alone
     main()

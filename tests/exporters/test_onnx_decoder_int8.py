@@ -98,10 +98,10 @@ def test_inputs_that_no_kernel_computes_are_refused_at_the_audit() -> None:
         (QuantSpec(qtype="int4", block=(-1, -1), scale="float32"), True, "takes int8 or uint8"),
     ):
         rule = Rule(type="Conv1D", scheme=Scheme(weight=WEIGHT, input=given, static=static))
-        with pytest.raises(UserError, match=rf"the input of transformer\.h\.0\.attn\.c_attn: .*{why}"):
+        with pytest.raises(UserError, match=rf"c_attn\.weight .*{why}"):
             audit(tiny("gpt2"), [rule], targets=["onnx"], config=config)
     only_table = [Rule(path=".*wte", scheme=Scheme(weight=WEIGHT))]  # its tied head would multiply float inputs
-    with pytest.raises(UserError, match="the input of lm_head"):
+    with pytest.raises(UserError, match="lm_head.weight"):
         audit(tiny("gpt2"), only_table, targets=["onnx"], config=config)
 
 

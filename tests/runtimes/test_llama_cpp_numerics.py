@@ -31,11 +31,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {"hidden_size": 256, "intermediate_size": 512}),  # GELU by erf, trained as the table's
 }
 
-FAMILIES = [
-    *(pytest.param("q4_0", m, None, marks=pytest.mark.slow) for m in ("gemma", "gemma2", "gemma3", "phi", "phi3")),
-    ("q4_0", "gpt_neox", None),
-]
-
 
 def scheme(name: str) -> dict[str, Any]:
     return instantiate(OmegaConf.load(CONFIGS / "scheme" / f"{name}.yaml"), _convert_="all")
@@ -73,7 +68,7 @@ def last(net: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, float]:
         ("q4_0", "gpt2", None),
         ("q4_0", "llama", "float16"),
         ("q4_0", "gpt2", "float16"),
-        *FAMILIES,
+        *(("q4_0", m, None) for m in ("gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox")),
     ],
 )
 def test_logits_equal_llama_cpps(name: str, model: str, kv_cache: str | None, tmp_path: Path) -> None:
