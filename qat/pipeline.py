@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Protocol, TypedDict
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
@@ -36,7 +36,7 @@ from qat.report.audit import print_audit
 from qat.report.html import write_html
 from qat.report.schema import Report, Stage, recovered, write_report
 from qat.report.table import next_commands, result_table
-from qat.scheme import Rule
+from qat.scheme import Numerics
 from qat.shipping import ship, tokenizer_files
 from qat.stages import Stages
 from qat.training.checkpoints import refuse_fewer_steps
@@ -54,14 +54,6 @@ class Source(Protocol):
     def load(self, data: Any) -> Loaded:
         """Load or build the model; `data` is the run's data module, for a source that learns a tokenizer from it."""
         ...
-
-
-class Numerics(TypedDict):
-    """`scheme=` of a recipe: which layers get which grid, and what else of the runtime training simulates."""
-
-    rules: list[Rule]
-    gelu: NotRequired[Literal["float16_table"] | None]
-    kv_cache: NotRequired[Literal["float16"] | None]
 
 
 def run(

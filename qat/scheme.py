@@ -6,7 +6,7 @@ these dataclasses; none of them decides anything about the numbers itself.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 
@@ -211,3 +211,11 @@ class Rule:
     def __post_init__(self) -> None:
         if self.share not in (None, "input"):
             raise ValueError(f"share is {self.share!r}; it must be 'input' or absent")
+
+
+class Numerics(TypedDict):
+    """`scheme=` of a recipe: which layers get which grid, and what else of the runtime training simulates."""
+
+    rules: list[Rule]
+    gelu: NotRequired[Literal["float16_table"] | None]
+    kv_cache: NotRequired[Literal["float16"] | None]

@@ -101,7 +101,7 @@ def test_inputs_that_no_kernel_computes_are_refused_at_the_audit() -> None:
         with pytest.raises(UserError, match=rf"c_attn\.weight .*{why}"):
             audit(tiny("gpt2"), [rule], targets=["onnx"], config=config)
     only_table = [Rule(path=".*wte", scheme=Scheme(weight=WEIGHT))]  # its tied head would multiply float inputs
-    with pytest.raises(UserError, match="lm_head.weight"):
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
         audit(tiny("gpt2"), only_table, targets=["onnx"], config=config)
 
 
