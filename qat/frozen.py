@@ -19,7 +19,7 @@ from torch import Tensor
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError
 from qat.files import atomic_folder, read_manifest, write_manifest
-from qat.scheme import QuantSpec, Scheme
+from qat.scheme import QuantSpec, Scheme, bits_per_weight
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,11 @@ class Frozen:
         return {**out, **{alias: out[name] for alias, name in self.ties.items()}}
 
     def nbytes(self) -> int:
-        """Bytes that the tensors need when codes are packed densely: what the smallest file could hold."""
-        bits = sum(w.tensor.codes.numel() * w.tensor.spec.type.bits for w in self.weights.values())
-        rest = sum(t.nbytes for n, t in self.tensors().items() if not n.endswith(".codes"))
-        return bits // 8 + rest
+        """Bytes that the tensors need when codes, and scales of two levels, are packed densely: the smallest file."""
+        shapes = ((w.tensor.spec, w.tensor.codes.shape) for w in self.weights.values())
+        bits = sum(bits_per_weight(spec, (r, c)) * r * c for spec, (r, c) in shapes)
+        inputs = [t for i in self.inputs.values() for t in (i.scale, i.offset) if t is not None]
+        return int(bits) // 8 + sum(t.nbytes for t in (*self.floats.values(), *inputs))
 
     def save(self, path: Path) -> None:
         """Write the folder atomically. Raises OSError if the disk does."""
