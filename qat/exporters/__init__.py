@@ -100,6 +100,17 @@ def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
     raise UserError(f"{path} holds no .gguf, no .onnx and no config.json: give a run, a frozen folder or an export")
 
 
+def read_any(path: Path) -> Frozen:
+    """The codes and scales of a run folder, a frozen folder, an export, or another tool's checkpoint."""
+    path = Path(path)
+    if (path / "frozen").is_dir():
+        return Frozen.load(path / "frozen")
+    if (path / "frozen.json").is_file():
+        return Frozen.load(path)
+    target, _ = identify(path)
+    return target_module(target).read(path)
+
+
 def _method(folder: Path) -> str:
     """The target that a Hugging Face folder's quantization names; "" without one."""
     try:
