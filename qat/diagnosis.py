@@ -1,17 +1,17 @@
 """What kind of difference lies between two weights that should be equal, and what it does to the values.
 
-Pure functions of two weights. The kinds are those that exporters and converters get wrong: a scale in another dtype or
-one unit in the last place off, zero points off by one, nibbles in another order, a matrix transposed, rows in another
-runtime's rotary order, columns sorted by importance.
+Pure functions of two weights, or of a quantized model and its float original. The kinds are those that exporters and
+converters get wrong: a scale in another dtype or one unit in the last place off, zero points off by one, nibbles in
+another order, a matrix transposed, rows in another runtime's rotary order, columns sorted by importance.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qat.frozen import FrozenWeight
+from qat.frozen import Frozen, FrozenWeight
 from qat.regrid import signed_codes, spread
 
 AWQ = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -70,6 +70,30 @@ def floats(have: Tensor, want: Tensor) -> Finding | None:
     if (order := _row_order(a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1))) is not None:
         return Finding("row order", f"{order}{effect(a, b)}")
     return Finding("values", f"the unquantized values differ{effect(a, b)}")
+
+
+def against_float(written: Frozen, original: Frozen) -> tuple[dict[str, Any], list[str]]:
+    """How far every quantized weight is from the unquantized model it was made of: figures worst (its name),
+    worst_sqnr and mean_sqnr in dB, and what is wrong.
+
+    An error as large as the weight itself (0 dB) is no rounding: then it is another weight, or in another order.
+    """
+    values = {**original.floats, **{alias: original.floats[name] for alias, name in original.ties.items()}}
+    wrong: list[str] = []
+    found: dict[str, float] = {}
+    for name, w in written.weights.items():
+        if name not in values:
+            wrong.append(f"{name} is in the file but not in the original")
+            continue
+        have, want = w.dequantize(), values[name].float()
+        found[name] = sqnr(have, want) if have.shape == want.shape else -math.inf
+        if found[name] <= 0:
+            wrong.append(f"{name} is not the original's, rounded{effect(have, want)}")
+    held = {*written.weights, *written.floats, *original.ties}
+    wrong += [f"{name} is missing from the file" for name in sorted(values.keys() - held)]
+    worst = min(found, key=lambda name: found[name], default="no weight is quantized")
+    mean = sum(found.values()) / len(found) if found else math.inf
+    return {"worst": worst, "worst_sqnr": found.get(worst, math.inf), "mean_sqnr": mean}, wrong
 
 
 def effect(have: Tensor, want: Tensor) -> str:

@@ -14,6 +14,7 @@ import torch
 from qat.errors import UserError
 from qat.exporters import identify, read_any, target_module
 from qat.exporters.gguf import gguf_file
+from qat.exporters.hf_folder import read_config, read_tensors, tokenizer_files
 from qat.frozen import Frozen, FrozenWeight
 from qat.regrid import regrid
 from qat.rescue_gguf import config_of, tokenizer_of
@@ -44,9 +45,23 @@ def source(path: Path) -> Frozen:
         file = gguf_file(path)
         frozen = replace(frozen, config=config_of(file, frozen.config), tokenizer=tokenizer_of(file))
     else:
-        kept = {n: c for n, c in frozen.tokenizer.items() if n.startswith(TOKENIZER) or n == "generation_config.json"}
-        frozen = replace(frozen, tokenizer=kept)
+        frozen = replace(frozen, tokenizer=_kept(frozen.tokenizer))
     return _completed(frozen, path)
+
+
+def float_original(path: Path) -> Frozen | None:
+    """A Hugging Face folder that nobody quantized, as floats alone; None for anything else."""
+    path = Path(path)
+    if not (path / "config.json").is_file() or is_ours(path) or (path / "manifest.json").is_file():
+        return None
+    config = read_config(path)
+    if "quantization_config" in config or "quantization" in config:
+        return None
+    return _completed(Frozen({}, read_tensors(path)[0], config=config, tokenizer=_kept(tokenizer_files(path))), path)
+
+
+def _kept(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {n: c for n, c in files.items() if n.startswith(TOKENIZER) or n == "generation_config.json"}
 
 
 def _skeleton(config: dict[str, Any], path: Path) -> Any:

@@ -18,7 +18,7 @@ from qat.errors import UserError, VerifyError
 from qat.exporters import as_held, identify, read_any, target_module
 from qat.files import read_manifest
 from qat.frozen import Frozen
-from qat.rescue import is_ours, source
+from qat.rescue import float_original, is_ours, source
 from qat.runtimes import run
 
 TOKENIZER_LINES = 300
@@ -47,6 +47,11 @@ class Verdict:
         if "codes_equal" in f:
             out.append(
                 f"  codes and stored scales equal: {f['codes_equal']}, float32 weights equal: {f['weights_equal']}"
+            )
+        if "worst_sqnr" in f:
+            out.append(
+                f"  quantized weights against the float original: {f['mean_sqnr']:.1f} dB SQNR on average, "
+                f"{f['worst_sqnr']:.1f} dB at worst ({f['worst']})"
             )
         if "tokenizer_lines" in f and not self.differences:
             out.append(f"  tokenizer equal on {f['tokenizer_lines']} lines")
@@ -81,6 +86,9 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         verdict.unchecked.append(f"{path} has no manifest.json: whether its files are as they were written")
     if base is None:
         _against_manifest(written, manifest, verdict)
+    elif (original := float_original(base)) is not None:
+        figures, verdict.differences = diagnosis.against_float(written, original)
+        verdict.figures |= figures
     else:
         both_gguf = target == "gguf" and not is_ours(base) and identify(base)[0] == "gguf"
         frozen = read_any(base) if both_gguf else source(base)
@@ -88,7 +96,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
-    if runtime and not verdict.differences:
+    if runtime and not verdict.differences and "worst_sqnr" not in verdict.figures:
         _run(path, module.RUNTIME, base, verdict)
     return verdict
 
