@@ -43,7 +43,10 @@ def source(path: Path) -> Frozen:
         return frozen
     if target == "gguf":
         file = gguf_file(path)
-        frozen = replace(frozen, config=config_of(file, frozen.config), tokenizer=tokenizer_of(file))
+        config = config_of(file, frozen.config)
+        if any(name.endswith("q_proj.bias") for name in frozen.floats) and "attention_bias" in config:
+            config["attention_bias"] = True  # the metadata does not say
+        frozen = replace(frozen, config=config, tokenizer=tokenizer_of(file))
     else:
         frozen = replace(frozen, tokenizer=_kept(frozen.tokenizer))
     return _completed(frozen, path)

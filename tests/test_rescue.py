@@ -231,6 +231,11 @@ def test_act_order_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.Cap
     key = "model.layers.0.mlp.down_proj.g_idx"
     save_file({**stored, key: stored[key].flip(0)}, tmp_path / "gptq" / "model.safetensors")
     code, said = export(capsys, tmp_path / "gptq", "--to", "gguf", "--out", tmp_path / "out")
+    assert code == 3
+    assert "but desc_act is false" in said
+    config = tmp_path / "gptq" / "config.json"
+    config.write_text(config.read_text().replace('"desc_act": false', '"desc_act": true'))
+    code, said = export(capsys, tmp_path / "gptq", "--to", "gguf", "--out", tmp_path / "out")
     assert code == 2
     assert "model.layers.0.mlp.down_proj.weight" in said
     assert "desc_act" in said

@@ -99,20 +99,23 @@ def read(path: Path) -> Frozen:
             parts = [tensors.pop(f"{module}.{k}") for k in PARTS[:3]]
             order = tensors.pop(f"{module}.g_idx", None)  # some writers leave it out where it is the usual one
             if order is not None:
-                _refuse_order(path, module, order, parts[2].shape[0])
+                _refuse_order(path, module, order, parts[2].shape[0], bool(found.get("desc_act")))
             weights[f"{module}.weight"] = _weight(f"{module}.weight", parts, found, about, version_1)
     except (KeyError, ValueError, RuntimeError) as e:
         raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
     return collect(path, config, about, weights, tensors)
 
 
-def _refuse_order(path: Path, module: str, order: Tensor, groups: int) -> None:
-    """Raises UserError if the columns of a group do not lie together."""
-    if not torch.equal(order.long(), torch.arange(len(order)) // (len(order) // groups)):
-        raise UserError(
-            f"{path}: the columns of {module}.weight are grouped by importance (desc_act, g_idx), which cannot be read "
-            "here; quantize with desc_act false"
-        )
+def _refuse_order(path: Path, module: str, order: Tensor, groups: int, said: bool) -> None:
+    """Raises UserError if the columns of a group do not lie together, as the file said; VerifyError if it did not."""
+    if torch.equal(order.long(), torch.arange(len(order)) // (len(order) // groups)):
+        return
+    if not said:
+        raise VerifyError(f"{path}: {module}.weight has its columns in another order (g_idx), but desc_act is false")
+    raise UserError(
+        f"{path}: the columns of {module}.weight are grouped by importance (desc_act, g_idx), which cannot be read "
+        "here; quantize with desc_act false"
+    )
 
 
 def _weight(
