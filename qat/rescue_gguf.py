@@ -65,6 +65,15 @@ def tokenizer_of(file: Path) -> dict[str, bytes]:
     return files
 
 
+def tokenizer_difference(file: Path, other: Path) -> str | None:
+    """The first key of the tokenizer's metadata that differs between two GGUF files; None if none does."""
+    have, want = (
+        {k: f.contents() for k, f in GGUFReader(f).fields.items() if k.startswith("tokenizer.")} for f in (file, other)
+    )
+    key = next((k for k in sorted({*have, *want}) if have.get(k) != want.get(k)), None)
+    return None if key is None else f"the tokenizer differs: {key} in {file} is not that of {other}"
+
+
 def _as_llama_cpp(spec: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """tokenizer.json with llama.cpp's own rule for what is done before the merges."""
     kind = fields["tokenizer.ggml.model"].contents()

@@ -16,9 +16,11 @@ from torch import Tensor
 from qat import diagnosis, evaluation
 from qat.errors import UserError, VerifyError
 from qat.exporters import as_held, identify, read_any, target_module
+from qat.exporters.gguf import gguf_file
 from qat.files import read_manifest
 from qat.frozen import Frozen
 from qat.rescue import float_original, is_ours, source
+from qat.rescue_gguf import tokenizer_difference
 from qat.runtimes import run
 
 TOKENIZER_LINES = 300
@@ -94,6 +96,8 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         frozen = read_any(base) if both_gguf else source(base)
         compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
         verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
+        if both_gguf and (why := tokenizer_difference(gguf_file(path), gguf_file(base))):
+            verdict.differences.append(why)
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
     if runtime and not verdict.differences and "worst_sqnr" not in verdict.figures:

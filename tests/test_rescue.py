@@ -225,6 +225,30 @@ def test_gptq_becomes_gguf(
     assert all(torch.equal(back[n], worth[n].float()) for n in worth)
 
 
+def test_autogptqs_own_file_names(tmp_path: Path) -> None:
+    worth = gptq(tmp_path / "gptq", 1, symmetric=True)
+    (tmp_path / "gptq" / "model.safetensors").rename(tmp_path / "gptq" / "gptq_model-4bit-64g.safetensors")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    how = config.pop("quantization_config")
+    del how["quant_method"]
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "gptq" / "quantize_config.json").write_text(json.dumps(how))
+    frozen = source(tmp_path / "gptq")
+    assert all(torch.equal(value.float(), worth[n].float()) for n, value in frozen.state_dict().items())
+    assert "quantize_config.json" not in frozen.tokenizer
+
+
+def test_two_gguf_files_are_compared_with_their_tokenizers(tmp_path: Path) -> None:
+    llama_gguf(tmp_path / "a.gguf", T.Q4_0)
+    llama_gguf(tmp_path / "b.gguf", T.Q4_0)
+    assert not verify(tmp_path / "a.gguf", against=tmp_path / "b.gguf", runtime=False).differences
+    field = gguf.GGUFReader(tmp_path / "a.gguf", "r+").fields["tokenizer.ggml.tokens"]
+    field.parts[field.data[300]][:1] = ord("Z")
+    field.parts[field.data[300]].base.flush()
+    (said,) = verify(tmp_path / "a.gguf", against=tmp_path / "b.gguf", runtime=False).differences
+    assert said.startswith("the tokenizer differs: tokenizer.ggml.tokens")
+
+
 def test_act_order_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gptq(tmp_path / "gptq", 2, symmetric=True)
     stored = load_file(tmp_path / "gptq" / "model.safetensors")

@@ -6,7 +6,6 @@ one file with those four names, and a YAML in configs/target. `missing_runtime`,
 parameters), `as_held` (a Frozen as the file can say it) and `caveats` are for targets that have something to say there.
 """
 
-import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -114,7 +113,7 @@ def read_any(path: Path) -> Frozen:
 def _method(folder: Path) -> str:
     """The target that a Hugging Face folder's quantization names; "" without one."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = import_module("qat.exporters.hf_folder").read_config(folder)
         return "mlx" if "quantization" in config else (config.get("quantization_config") or {}).get("quant_method", "")
-    except (ValueError, AttributeError, TypeError):
+    except (UserError, AttributeError, TypeError):
         return ""
