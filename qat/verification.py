@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat import evaluation
+from qat import diagnosis, evaluation
 from qat.errors import UserError, VerifyError
-from qat.exporters import as_held, identify, target_module
+from qat.exporters import as_held, identify, read_any, target_module
+from qat.exporters.gguf import gguf_file
 from qat.files import read_manifest
-from qat.frozen import Frozen, FrozenWeight
+from qat.frozen import Frozen
+from qat.rescue import float_original, is_ours, source
+from qat.rescue_gguf import tokenizer_difference
 from qat.runtimes import run
 
 TOKENIZER_LINES = 300
@@ -46,6 +49,11 @@ class Verdict:
         if "codes_equal" in f:
             out.append(
                 f"  codes and stored scales equal: {f['codes_equal']}, float32 weights equal: {f['weights_equal']}"
+            )
+        if "worst_sqnr" in f:
+            out.append(
+                f"  quantized weights against the float original: {f['mean_sqnr']:.1f} dB SQNR on average, "
+                f"{f['worst_sqnr']:.1f} dB at worst ({f['worst']})"
             )
         if "tokenizer_lines" in f and not self.differences:
             out.append(f"  tokenizer equal on {f['tokenizer_lines']} lines")
@@ -80,26 +88,21 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         verdict.unchecked.append(f"{path} has no manifest.json: whether its files are as they were written")
     if base is None:
         _against_manifest(written, manifest, verdict)
+    elif (original := float_original(base)) is not None:
+        figures, verdict.differences = diagnosis.against_float(written, original)
+        verdict.figures |= figures
     else:
-        frozen = read_any(base)
+        both_gguf = target == "gguf" and not is_ours(base) and identify(base)[0] == "gguf"
+        frozen = read_any(base) if both_gguf else source(base)
         compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
         verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
+        if both_gguf and (why := tokenizer_difference(gguf_file(path), gguf_file(base))):
+            verdict.differences.append(why)
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
-    if runtime and not verdict.differences:
+    if runtime and not verdict.differences and "worst_sqnr" not in verdict.figures:
         _run(path, module.RUNTIME, base, verdict)
     return verdict
-
-
-def read_any(path: Path) -> Frozen:
-    """The codes and scales of a run folder, a frozen folder or an export."""
-    path = Path(path)
-    if (path / "frozen").is_dir():
-        return Frozen.load(path / "frozen")
-    if (path / "frozen.json").is_file():
-        return Frozen.load(path)
-    target, _ = identify(path)
-    return target_module(target).read(path)
 
 
 def own_run(folder: Path) -> Path | None:
@@ -126,22 +129,24 @@ def compare(written: Frozen, frozen: Frozen, verdict: Verdict, *, whole_config: 
             verdict.differences.append(f"{name} is quantized in the frozen model but not in the file")
             codes = weights = False
             continue
-        why = _codes_differ(have, want)
-        if why:
+        found = diagnosis.weights(have, want)
+        if found:
             codes = False
-            verdict.differences.append(f"{name}: {why}")
+            verdict.differences.append(f"{name}: {found.text}")
         a, b = have.dequantize(), want.dequantize()
         if a.shape != b.shape or not torch.equal(a, b):
             weights = False
-            verdict.differences.append(f"{name}: the weights dequantized in float32 differ{_sqnr(a, b)}")
+            if not found:
+                effect = diagnosis.effect(a, b)
+                verdict.differences.append(f"{name}: the weights dequantized in float32 differ{effect}")
     for name, want in frozen.floats.items():
         have = written.floats.get(name)
         if have is None:
             verdict.differences.append(f"{name} is missing from the file")
             weights = False
-        elif have.shape != want.shape or not torch.equal(have.float(), want.float()):
+        elif found := diagnosis.floats(have, want):
             weights = False
-            verdict.differences.append(f"{name}: the unquantized values differ{_sqnr(have.float(), want.float())}")
+            verdict.differences.append(f"{name}: {found.text}")
     extra = sorted((set(written.weights) | set(written.floats)) - set(frozen.weights) - set(frozen.floats))
     if extra:
         verdict.differences.append(f"{extra[0]} is in the file but not in the frozen model")
@@ -187,30 +192,6 @@ def _same(have: Any, want: Any) -> bool:
     return have == want
 
 
-def _codes_differ(have: FrozenWeight, want: FrozenWeight) -> str | None:
-    a, b = have.tensor, want.tensor
-    if a.codes.shape != b.codes.shape:
-        return f"the codes have shape {tuple(a.codes.shape)}, not {tuple(b.codes.shape)}"
-    if not torch.equal(a.codes.int(), b.codes.int()):
-        count = int((a.codes.int() != b.codes.int()).sum())
-        return f"{count} of {b.codes.numel()} codes differ{_sqnr(have.dequantize(), want.dequantize())}"
-    if a.scale.shape != b.scale.shape or not torch.equal(a.scale.float(), b.scale.float()):
-        return "the codes are equal but the stored scales differ"
-    if (a.offset is None) != (b.offset is None):
-        return "one has an offset and the other has none"
-    if a.offset is not None and b.offset is not None and not torch.equal(a.offset.float(), b.offset.float()):
-        return "the codes are equal but the stored offsets differ"
-    return None
-
-
-def _sqnr(have: Tensor, want: Tensor) -> str:
-    """How large a difference is, in decibels of signal over it."""
-    if have.shape != want.shape:
-        return f" in shape: {tuple(have.shape)}, not {tuple(want.shape)}"
-    noise = float((have - want).double().square().sum())
-    return f" ({10 * math.log10(float(want.double().square().sum()) / noise):.1f} dB SQNR)" if noise > 0 else ""
-
-
 def _against_manifest(written: Frozen, manifest: dict[str, Any] | None, verdict: Verdict) -> None:
     if manifest is None:
         verdict.unchecked.append("codes, scales and weights: there is nothing to compare with; give --against")
@@ -225,8 +206,17 @@ def _against_manifest(written: Frozen, manifest: dict[str, Any] | None, verdict:
 
 
 def _tokenizer(path: Path, module: ModuleType, frozen: Frozen, base: Path, verdict: Verdict) -> None:
-    """The runtime's own tokenizer against the Hugging Face one, on lines of the evaluation text and hard ones."""
-    if not frozen.tokenizer or not (base / "evaluation.safetensors").is_file():
+    """The runtime's own tokenizer against the Hugging Face one, on lines of the evaluation text and hard ones.
+
+    Of another tool's checkpoint there are the hard ones alone; if it is a GGUF file, llama.cpp is asked about it too.
+    """
+    asked = [(module.RUNTIME, path)]
+    if is_ours(base):
+        if not (base / "evaluation.safetensors").is_file():
+            return
+    elif frozen.tokenizer and identify(base)[0] == "gguf":
+        asked.append(("llama_cpp", base))
+    if not frozen.tokenizer or not any(name.startswith("tokenizer") for name in frozen.tokenizer):
         return
     import tempfile
 
@@ -236,8 +226,10 @@ def _tokenizer(path: Path, module: ModuleType, frozen: Frozen, base: Path, verdi
         for name, content in frozen.tokenizer.items():
             Path(folder, name).write_bytes(content)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = evaluation.load(base / "evaluation.safetensors")["input_ids"]
-    text: str = tokenizer.decode(ids.flatten().tolist(), skip_special_tokens=True)  # pyright: ignore[reportAssignmentType]
+    text = ""
+    if (base / "evaluation.safetensors").is_file():
+        ids = evaluation.load(base / "evaluation.safetensors")["input_ids"]
+        text = str(tokenizer.decode(ids.flatten().tolist(), skip_special_tokens=True))
     lines = [line for line in text.splitlines() if line.strip()][:TOKENIZER_LINES] + HARD_LINES
     known = getattr(module, "known_difference", None)
     if known is not None:  # lines on which the runtime cannot agree, and says why
@@ -245,12 +237,13 @@ def _tokenizer(path: Path, module: ModuleType, frozen: Frozen, base: Path, verdi
         verdict.unchecked += sorted({f"tokenizer lines: {why}" for why in reasons.values() if why})
         lines = [line for line in lines if not reasons[line]]
     want = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
-    have = run(module.RUNTIME, path, tokenize=lines)["tokenize"]
-    for line, a, b in zip(lines, have, want, strict=True):
-        if list(a) != list(b):
-            said = f"the tokenizer differs on {line[:60]!r}: {list(a)[:12]} in the file, {list(b)[:12]} trained"
-            verdict.differences.append(said)
-            break
+    for runtime, file in asked:
+        have = run(runtime, file, tokenize=lines)["tokenize"]
+        for line, a, b in zip(lines, have, want, strict=True):
+            if list(a) != list(b):
+                said = f"the tokenizer differs on {line[:60]!r}: {list(a)[:12]} in {file}, {list(b)[:12]} in {base}"
+                verdict.differences.append(said)
+                break
     verdict.figures["tokenizer_lines"] = len(lines)
 
 

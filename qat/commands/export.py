@@ -1,12 +1,14 @@
-"""qat export: pack the frozen codes of a run for another target; nothing is quantized again."""
+"""qat export: pack decided codes for another target, a run's or another tool's; nothing is quantized again."""
 
 import argparse
 from pathlib import Path
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """RUN --to TARGET[,TARGET] [--out FOLDER]"""
-    parser.add_argument("path", type=Path, help="a run folder or a frozen folder")
+    """PATH --to TARGET[,TARGET] [--out FOLDER]"""
+    parser.add_argument(
+        "path", type=Path, help="a run, a frozen folder, or a quantized checkpoint that another tool made"
+    )
     parser.add_argument("--to", required=True, help="targets, separated by commas: gguf,hf,onnx")
     parser.add_argument("--out", type=Path, help="folder to write TARGET/ into (default: RUN/export)")
     parser.add_argument("--no-verify", action="store_true", help="do not read the files back and run them")
@@ -18,24 +20,27 @@ def run(args: argparse.Namespace) -> None:
     from qat.exporters import export, target_module
     from qat.files import refuse_unwritable
     from qat.report.card import model_card
-    from qat.verification import read_any, verify
+    from qat.rescue import fit, is_ours, source
+    from qat.verification import verify
 
-    if not args.path.is_dir():
-        raise UserError(f"{args.path} is not a folder: give a run folder or a frozen folder")
+    if not args.path.exists():
+        raise UserError(f"{args.path} does not exist: give a run folder, a frozen folder or a quantized checkpoint")
     names = [name for name in args.to.replace("+", ",").split(",") if name]
     if not names:
         raise UserError("--to names no target: give for example --to gguf,hf")
     for name in names:
         target_module(name)
-    frozen = read_any(args.path)
+    ours = is_ours(args.path)
     is_run = (args.path / "frozen").is_dir()
     out = args.out or (args.path / "export" if is_run else None)
     if out is None:
         raise UserError(f"{args.path} is not a run folder: say where to write with --out FOLDER")
     refuse_unwritable("--out", out)
+    frozen = source(args.path)
     for name in names:
-        path = export(frozen, name, out / name, card=model_card(frozen, name, args.path))
-        print(f"{name}: wrote {path}")
+        fitted, moved = (frozen, []) if ours else fit(frozen, name)
+        path = export(fitted, name, out / name, card=model_card(fitted, name, args.path, trained=ours))
+        print("\n".join([f"{name}: wrote {path}", *(f"  {line}" for line in moved)]))
         if not args.no_verify:
             verdict = verify(path, against=args.path)
             verdict.raise_if_different()

@@ -6,7 +6,6 @@ one file with those four names, and a YAML in configs/target. `missing_runtime`,
 parameters), `as_held` (a Frozen as the file can say it) and `caveats` are for targets that have something to say there.
 """
 
-import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -100,10 +99,21 @@ def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
     raise UserError(f"{path} holds no .gguf, no .onnx and no config.json: give a run, a frozen folder or an export")
 
 
+def read_any(path: Path) -> Frozen:
+    """The codes and scales of a run folder, a frozen folder, an export, or another tool's checkpoint."""
+    path = Path(path)
+    if (path / "frozen").is_dir():
+        return Frozen.load(path / "frozen")
+    if (path / "frozen.json").is_file():
+        return Frozen.load(path)
+    target, _ = identify(path)
+    return target_module(target).read(path)
+
+
 def _method(folder: Path) -> str:
     """The target that a Hugging Face folder's quantization names; "" without one."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = import_module("qat.exporters.hf_folder").read_config(folder)
         return "mlx" if "quantization" in config else (config.get("quantization_config") or {}).get("quant_method", "")
-    except (ValueError, AttributeError, TypeError):
+    except (UserError, AttributeError, TypeError):
         return ""

@@ -24,6 +24,7 @@ from qat.exporters.gguf_families.base import Family
 from qat.exporters.gguf_models import (
     DERIVED,
     FAMILIES,
+    MODEL_TYPES,
     names,
     read_config,
     refuse_model,
@@ -51,6 +52,11 @@ __all__ = [
 ]
 
 FILE = "model.gguf"
+_FLOATS = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
 
 
@@ -196,13 +202,21 @@ def _reordered(value: Tensor, order: Tensor | None) -> Tensor:
     return value if order is None else value[order]
 
 
+def gguf_file(path: Path) -> Path:
+    """`path` itself, or the .gguf file of that folder. Raises UserError if the folder has more than one."""
+    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
+    if len(found) > 1 and path / FILE not in found:
+        raise UserError(f"{path} has {len(found)} .gguf files; name one file")
+    return found[0] if len(found) == 1 else path / FILE
+
+
 def read(path: Path) -> Frozen:
-    """A GGUF file (or a folder with model.gguf) -> codes, stored scales and floats under Hugging Face names.
+    """A GGUF file, of any writer (or a folder with one), -> codes, stored scales and floats under Hugging Face names.
 
     The tokenizer is not turned back into a tokenizer.json; `config` holds what the metadata says. Raises VerifyError
-    if the file cannot be read or has a tensor that we never write.
+    if the file cannot be read, UserError for a model or a tensor type that is unknown here.
     """
-    file = path / FILE if path.is_dir() else path
+    file = gguf_file(path)
     try:
         return _read(file)
     except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
@@ -211,7 +225,11 @@ def read(path: Path) -> Frozen:
 
 def _read(file: Path) -> Frozen:
     reader = GGUFReader(file)
-    config = read_config({k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")})
+    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")}
+    if fields.get("general.architecture") not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise UserError(f"{file} is a {fields.get('general.architecture')}; models that can be read: {known}")
+    config = read_config(fields)
     family = FAMILIES[config["model_type"]]
     table = {to: name for name, to in names(config["model_type"], family.n_layers(config)).items()}
     frozen = Frozen({}, {}, config=config)
@@ -225,12 +243,14 @@ def _read(file: Path) -> Frozen:
         back = None if order is None else order.argsort()
         if tensor.tensor_type in BY_GGML:
             frozen.weights[name] = _read_weight(name, tensor.data, BY_GGML[tensor.tensor_type], back, family)
-        elif tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-            value = _reordered(torch.from_numpy(np.array(tensor.data)), back)
+        elif tensor.tensor_type in _FLOATS:
+            value = torch.from_numpy(np.array(tensor.data)).view(_FLOATS[tensor.tensor_type])
+            value = _reordered(value, back)
             value = value.t().contiguous() if name.endswith(_CONV1D) else value
             frozen.floats[name] = family.restored(name, value)
         else:
-            raise VerifyError(f"{file}: {tensor.name} is {tensor.tensor_type.name}, which this export never writes")
+            known = ", ".join([t.name for t in BY_GGML] + [t.name for t in _FLOATS])
+            raise UserError(f"{file}: {tensor.name} is {tensor.tensor_type.name}; types that can be read: {known}")
     if "output.weight" not in {t.name for t in reader.tensors}:
         frozen.ties[f"{family.head}.weight"] = f"{family.embedding}.weight"
     return frozen

@@ -28,6 +28,8 @@ _PRE_TOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_HEAD + r"\p{N}" + _TAIL, "bytes"), False): "qwen2",
 }
 
+_SAME = {"gpt2": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}  # llama.cpp's other names
+
 
 def _steps(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     """The parts of a pre-tokenizer or normalizer, sequences flattened."""
@@ -61,6 +63,24 @@ def pre_tokenizer(spec: dict[str, Any]) -> str:
     if odd:
         raise UserError(f"llama.cpp's byte-level tokenizer knows no {odd[0]} normalizer; use the hf target")
     return name
+
+
+def pre_tokenizer_steps(name: str) -> tuple[list[dict[str, Any]], bool]:
+    """The steps, as tokenizer.json writes them, of a pre-tokenizer of llama.cpp's, and whether merges are skipped for
+    known words. Raises UserError for one whose rule is not known here."""
+    found = [key for key, known in _PRE_TOKENIZERS.items() if known == _SAME.get(name, name)]
+    if not found:
+        known = ", ".join(sorted({*_PRE_TOKENIZERS.values(), *_SAME}))
+        raise UserError(f"the GGUF file's pre-tokenizer {name!r} is unknown here; known are {known}")
+    (steps, ignore_merges), *_ = found
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    special = {
+        "bytes": {**byte_level, "use_regex": False},
+        "bytes+regex": {**byte_level, "use_regex": True},
+        "digits": {"type": "Digits", "individual_digits": True},
+    }
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    return [special.get(s) or {**split, "pattern": {"Regex": s}} for s in steps], ignore_merges
 
 
 def space_prefix(spec: dict[str, Any]) -> bool:

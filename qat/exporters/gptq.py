@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import VerifyError
+from qat.errors import UserError, VerifyError
 from qat.exporters import gptq_layout
 from qat.exporters.gptq_layout import (
     caveats,
@@ -96,23 +96,36 @@ def read(path: Path) -> Frozen:
     weights: dict[str, FrozenWeight] = {}
     try:
         for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-            parts = [tensors.pop(f"{module}.{k}") for k in PARTS]
+            parts = [tensors.pop(f"{module}.{k}") for k in PARTS[:3]]
+            order = tensors.pop(f"{module}.g_idx", None)  # some writers leave it out where it is the usual one
+            if order is not None:
+                _refuse_order(path, module, order, parts[2].shape[0], bool(found.get("desc_act")))
             weights[f"{module}.weight"] = _weight(f"{module}.weight", parts, found, about, version_1)
     except (KeyError, ValueError, RuntimeError) as e:
         raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
     return collect(path, config, about, weights, tensors)
 
 
+def _refuse_order(path: Path, module: str, order: Tensor, groups: int, said: bool) -> None:
+    """Raises UserError if the columns of a group do not lie together, as the file said; VerifyError if it did not."""
+    if torch.equal(order.long(), torch.arange(len(order)) // (len(order) // groups)):
+        return
+    if not said:
+        raise VerifyError(f"{path}: {module}.weight has its columns in another order (g_idx), but desc_act is false")
+    raise UserError(
+        f"{path}: the columns of {module}.weight are grouped by importance (desc_act, g_idx), which cannot be read "
+        "here; quantize with desc_act false"
+    )
+
+
 def _weight(
     name: str, parts: list[Tensor], found: dict[str, Any], about: dict[str, Any], version_1: bool
 ) -> FrozenWeight:
-    qweight, qzeros, scales, order = parts
+    qweight, qzeros, scales = parts
     bits = int(found["bits"])
     rows, columns = qweight.shape[1], qweight.shape[0] * 32 // bits
     codes = unpack(qweight.t().contiguous(), bits, columns).int()
     zero = unpack(qzeros, bits, rows).t().int()
     if version_1:
         zero = (zero + 1) % 2**bits
-    if not torch.equal(order, (torch.arange(columns) // (columns // scales.shape[0])).int()):
-        raise ValueError(f"{name} has its columns in another order (desc_act), which cannot be read")
     return restored(name, codes, zero.contiguous(), scales.t().contiguous(), found, about)

@@ -72,9 +72,14 @@ def write(
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json. Raises UserError if it is missing or not valid JSON."""
+    """config.json, with AutoGPTQ's quantize_config.json in it if the quantization is there alone. Raises UserError if
+    it is missing or not valid JSON."""
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        beside = path / "quantize_config.json"
+        if beside.is_file() and "quantization_config" not in config:
+            config["quantization_config"] = {"quant_method": "gptq", **json.loads(beside.read_text(encoding="utf-8"))}
+        return config
     except (OSError, ValueError) as e:
         raise UserError(f"{path / 'config.json'} is missing or not valid JSON ({e})") from e
 
@@ -96,6 +101,8 @@ def weight_files(path: Path) -> list[Path]:
             names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     elif (path / WEIGHTS).is_file():
         names = [WEIGHTS]
+    elif len(found := sorted(path.glob("*.safetensors"))) == 1:  # AutoGPTQ's, such as gptq_model-4bit-128g
+        return found
     else:
         raise UserError(f"{path} holds no {WEIGHTS} (or its shards and {INDEX})")
     if lost := [n for n in names if not (path / n).is_file()]:

@@ -16,29 +16,47 @@ RUN = {
     "onnx": "python -c \"import onnxruntime as o; print(o.InferenceSession('model.onnx').get_inputs()[0])\"",
 }
 
+_TRAINED = (
+    "Weights were trained on the grid that this file stores: codes were decided once after training and packed "
+    "unchanged."
+)
+_CARRIED = "Weights were quantized by another tool; every value it stored is carried over exactly, nothing was rounded."
 
-def model_card(frozen: Frozen, target: str, run_dir: Path) -> str:
-    """The card of one export of a finished run; figures come from the run's report.json, if it has one."""
+
+def model_card(frozen: Frozen, target: str, run_dir: Path, *, trained: bool = True) -> str:
+    """The card of one export of a finished run; figures come from the run's report.json, if it has one.
+
+    trained: false for a checkpoint that another tool quantized, which `run_dir` then is.
+    """
     report: dict[str, Any] = dict(read_report(run_dir)) if (run_dir / "report.json").is_file() else {}
     return card(
         frozen,
         target,
-        title=f"{report.get('recipe', run_dir.name)} of {report.get('model', 'a model')}",
+        title=f"{report.get('recipe', run_dir.name)} of {report.get('model', 'a model')}" if trained else run_dir.name,
         data=report.get("data", ""),
         stages=report.get("stages", {}),
         fallback=report.get("fallback", []),
+        trained=trained,
     )
 
 
-def card(frozen: Frozen, target: str, *, title: str, data: str, stages: Stages, fallback: list[Fallback]) -> str:
+def card(
+    frozen: Frozen,
+    target: str,
+    *,
+    title: str,
+    data: str,
+    stages: Stages,
+    fallback: list[Fallback],
+    trained: bool = True,
+) -> str:
     """The card as Markdown."""
     grids = Counter(w.tensor.spec.label() for w in frozen.weights.values())
     lines = ["---", "tags: [quantized, quantization-aware-training]", "---", f"# {title} ({target})", ""]
     for f in fallback:
         lines += [f"> **Stand-in:** {f['requested']} was not used but **{f['used']}** in its place: {f['reason']}.", ""]
     lines += [
-        "Weights were trained on the grid that this file stores: codes were decided once after training and packed "
-        "unchanged. `manifest.json` lists the SHA-256 of every file and tensor.",
+        f"{_TRAINED if trained else _CARRIED} `manifest.json` lists the SHA-256 of every file and tensor.",
         "",
         "| grid | tensors |",
         "|---|---|",

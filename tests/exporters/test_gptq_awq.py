@@ -124,7 +124,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     stored = load_file(path / "model.safetensors")
     module = "model.layers.0.self_attn.q_proj"
     for key, change, said in (
-        ("qweight", lambda t: (t >> 4) & 0x0F0F0F0F | (t & 0x0F0F0F0F) << 4, "codes differ"),
+        ("qweight", lambda t: (t >> 4) & 0x0F0F0F0F | (t & 0x0F0F0F0F) << 4, "nibbles of every byte are swapped"),
         ("scales", lambda t: t.nextafter(torch.tensor(9.0, dtype=t.dtype)), "scales differ"),
     ):
         save_file({**stored, f"{module}.{key}": change(stored[f"{module}.{key}"])}, path / "model.safetensors")

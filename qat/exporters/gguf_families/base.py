@@ -136,14 +136,15 @@ class Family:
         """Metadata without the architecture's prefix -> the part of config.json that it holds."""
         rms = "attention.layer_norm_rms_epsilon"
         norm = {"rms_norm_eps": get[rms]} if rms in get else {"layer_norm_eps": get["attention.layer_norm_epsilon"]}
+        heads = get["attention.head_count"]
         return {
             "num_hidden_layers": get["block_count"],
             "hidden_size": get["embedding_length"],
-            "num_attention_heads": get["attention.head_count"],
-            "num_key_value_heads": get["attention.head_count_kv"],
-            "head_dim": get["attention.key_length"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": get.get("attention.head_count_kv", heads),  # these have llama.cpp's defaults
+            "head_dim": get.get("attention.key_length", get["embedding_length"] // heads),
             "max_position_embeddings": get["context_length"],
             "intermediate_size": get["feed_forward_length"],
             **norm,
-            "rope_theta": get["rope.freq_base"],
+            "rope_theta": get.get("rope.freq_base", 10000.0),
         }

@@ -1,0 +1,216 @@
+"""What kind of difference lies between two weights that should be equal, and what it does to the values.
+
+Pure functions of two weights, or of a quantized model and its float original. The kinds are those that exporters and
+converters get wrong: a scale in another dtype or one unit in the last place off, zero points off by one, nibbles in
+another order, a matrix transposed, rows in another runtime's rotary order, columns sorted by importance.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qat.frozen import Frozen, FrozenWeight
+from qat.regrid import signed_codes, spread
+
+AWQ = [0, 2, 4, 6, 1, 3, 5, 7]
+# kind of a column order -> where, in each run of as many columns, the right code lies
+NIBBLES = {
+    "the two nibbles of every byte are swapped": [1, 0],
+    "every 8 codes are in AWQ's order": AWQ,
+    "every 8 codes are in the order before AWQ's": [AWQ.index(i) for i in range(8)],
+    "every 8 codes are reversed": list(range(7, -1, -1)),
+    "low and high nibbles are swapped (each half of 32 codes)": [*range(16, 32), *range(16)],
+    "nibbles are interleaved, not in halves of 32 codes": [i // 2 + 16 * (i % 2) for i in range(32)],
+    "nibbles are in halves of 32 codes, not interleaved": [2 * (i % 16) + i // 16 for i in range(32)],
+}
+
+
+class Finding(NamedTuple):
+    """kind: one or two words for programs. text: the difference in words, with its effect in decibels."""
+
+    kind: str
+    text: str
+
+
+def weights(have: FrozenWeight, want: FrozenWeight) -> Finding | None:
+    """How `have` differs from `want`; None if it stores the same codes, scales and offsets, or says them otherwise."""
+    a, b = have.tensor, want.tensor
+    if a.codes.shape != b.codes.shape:
+        turned = a.codes.shape == b.codes.shape[::-1] and torch.equal(signed_codes(a).t(), signed_codes(b))
+        if turned:
+            return Finding("transposition", f"the matrix is transposed: {tuple(a.codes.shape)}{_swapped(have, want)}")
+        return Finding("shape", f"the codes have shape {tuple(a.codes.shape)}, not {tuple(b.codes.shape)}")
+    codes = _codes(have, want)
+    if codes is not None:
+        return Finding(codes.kind, f"{codes.text}{effect(have.dequantize(), want.dequantize())}")
+    found = _scales(spread(a.scale, a), spread(b.scale, b), a.scale.dtype) or _offsets(have, want)
+    if found is None:
+        return None
+    return Finding(found.kind, f"the codes are equal but {found.text}{effect(have.dequantize(), want.dequantize())}")
+
+
+def floats(have: Tensor, want: Tensor) -> Finding | None:
+    """How an unquantized parameter differs; None if it does not, whatever the dtypes."""
+    a, b = have.float(), want.float()
+    if a.shape != b.shape:
+        if a.ndim == 2 and torch.equal(a.t(), b):
+            return Finding("transposition", f"the matrix is transposed: {tuple(a.shape)}, not {tuple(b.shape)}")
+        return Finding("shape", f"the shape is {tuple(a.shape)}, not {tuple(b.shape)}")
+    if torch.equal(a, b):
+        return None
+    if a.ndim == 2 and a.shape[0] == a.shape[1] and torch.equal(a.t(), b):
+        return Finding("transposition", f"the matrix is transposed{effect(a, b)}")
+    if (dtype := _rounded(a, b)) is not None:
+        return Finding("dtype", f"the unquantized values differ: they are rounded to {dtype}{effect(a, b)}")
+    if torch.equal(a - 1, b) or torch.equal(a, b + 1):
+        larger = "all are larger by one, as Gemma's norms are in GGUF"
+        return Finding("offset", f"the unquantized values differ: {larger}{effect(a, b)}")
+    if (order := _row_order(a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1))) is not None:
+        return Finding("row order", f"{order}{effect(a, b)}")
+    return Finding("values", f"the unquantized values differ{effect(a, b)}")
+
+
+def against_float(written: Frozen, original: Frozen) -> tuple[dict[str, Any], list[str]]:
+    """How far every quantized weight is from the unquantized model it was made of: figures worst (its name),
+    worst_sqnr and mean_sqnr in dB, and what is wrong.
+
+    An error as large as the weight itself (0 dB) is no rounding: then it is another weight, or in another order.
+    """
+    values = {**original.floats, **{alias: original.floats[name] for alias, name in original.ties.items()}}
+    wrong: list[str] = []
+    found: dict[str, float] = {}
+    for name, w in written.weights.items():
+        if name not in values:
+            wrong.append(f"{name} is in the file but not in the original")
+            continue
+        have, want = w.dequantize(), values[name].float()
+        found[name] = sqnr(have, want) if have.shape == want.shape else -math.inf
+        if found[name] <= 0:
+            wrong.append(f"{name} is not the original's, rounded{effect(have, want)}")
+    held = {*written.weights, *written.floats, *original.ties}
+    wrong += [f"{name} is missing from the file" for name in sorted(values.keys() - held)]
+    worst = min(found, key=lambda name: found[name], default="no weight is quantized")
+    mean = sum(found.values()) / len(found) if found else math.inf
+    return {"worst": worst, "worst_sqnr": found.get(worst, math.inf), "mean_sqnr": mean}, wrong
+
+
+def effect(have: Tensor, want: Tensor) -> str:
+    """How large a difference is, in decibels of signal over it; "" if there is none."""
+    if have.shape != want.shape:
+        return f" in shape: {tuple(have.shape)}, not {tuple(want.shape)}"
+    found = sqnr(have, want)
+    return "" if math.isinf(found) and found > 0 else f" ({found:.1f} dB SQNR)"
+
+
+def sqnr(have: Tensor, want: Tensor) -> float:
+    """Signal to quantization noise in dB, in float64; infinite for equal values, minus infinite for a lost signal."""
+    noise = float((have.double() - want.double()).square().sum())
+    signal = float(want.double().square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
+
+
+def _swapped(have: FrozenWeight, want: FrozenWeight) -> str:
+    a, b = have.dequantize(), want.dequantize()
+    return "" if a.shape == b.shape else effect(a.t(), b)
+
+
+def _codes(have: FrozenWeight, want: FrozenWeight) -> Finding | None:
+    a, b = signed_codes(have.tensor), signed_codes(want.tensor)
+    if torch.equal(a, b):
+        return None
+    if torch.equal(have.tensor.codes.int(), want.tensor.codes.int()):
+        return _offsets(have, want) or Finding("zero point", "the codes are equal but one has a zero point")
+    shift = a - b
+    if bool((shift == shift.flatten()[0]).all()):
+        return Finding("codes", f"every code is larger by {int(shift.flatten()[0])}: signed codes read as unsigned")
+    if torch.equal(a, -b):
+        return Finding("codes", "every code has the other sign")
+    if a.shape[0] == a.shape[1] and torch.equal(a.t(), b):
+        return Finding("transposition", "the matrix is transposed")
+    for said, order in NIBBLES.items():
+        if a.shape[1] % len(order) == 0 and torch.equal(a.reshape(len(a), -1, len(order))[..., order].flatten(1), b):
+            return Finding("nibble order", said)
+    if (order := _row_order(a, b)) is not None:
+        return Finding("row order", order)
+    if _same_rows(a.t(), b.t()):
+        return Finding("column order", "the columns are in another order (GPTQ's act-order sorts them so)")
+    count, most = int((shift != 0).sum()), int(shift.abs().max())
+    return Finding("codes", f"{count} of {b.numel()} codes differ, by {most} at most")
+
+
+def _same_rows(a: Tensor, b: Tensor) -> bool:
+    """Whether a (R, C) has the rows of b in some order: both sorted by one random, fixed, weighted sum."""
+    weight = torch.rand(a.shape[1], 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, y = (t[(t.double() * weight.t()).sum(1).argsort(stable=True)] for t in (a, b))
+    return torch.equal(x, y)
+
+
+def _row_order(a: Tensor, b: Tensor) -> str | None:
+    """Which order of rows turns b (R, C) into a; None if none does."""
+    if not _same_rows(a, b):
+        return None
+    for dim in range(4, len(a) + 1, 2):
+        if len(a) % dim == 0:
+            halves = torch.arange(len(a)).reshape(-1, 2, dim // 2).transpose(1, 2).flatten()
+            for order, said in ((halves, "neighbours, as llama.cpp rotates"), (halves.argsort(), "halves, as HF does")):
+                if torch.equal(a, b[order]):
+                    return f"the rows are in another rotary order (heads of {dim}): {said}"
+    return "the rows are in another order"
+
+
+def _rounded(have: Tensor, want: Tensor) -> str | None:
+    """The 16-bit dtype that `want` was rounded to, to give `have`."""
+    names = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    return next((said for dtype, said in names.items() if torch.equal(want.to(dtype).float(), have.float())), None)
+
+
+def _scales(have: Tensor, want: Tensor, stored: torch.dtype) -> Finding | None:
+    """Of two tensors of scales, one for each weight."""
+    a, b = have.float(), want.float()
+    if torch.equal(a, b):
+        return None
+    if (dtype := _rounded(a, b)) is not None:
+        return Finding("scale dtype", f"the stored scales differ: they are rounded to {dtype}")
+    wrong = a != b
+    share = f"{int(wrong.sum())} of {wrong.numel()} weights have another scale"
+    if bool((_steps(a, b, stored)[wrong] <= 1).all()):
+        name = str(stored).removeprefix("torch.")
+        return Finding("scale ulp", f"the stored scales differ: {share}, off by one unit in the last place of {name}")
+    ratio = (a / b)[b != 0]
+    if len(ratio) and float(ratio.max() - ratio.min()) <= 1e-3 * float(ratio.abs().max()):
+        return Finding("scale", f"the stored scales differ by a factor of {float(ratio.mean()):.5g}")
+    if torch.equal(a.flatten().sort().values, b.flatten().sort().values):
+        return Finding("scale order", "the stored scales are in another order")
+    return Finding("scale", f"the stored scales differ: {share}")
+
+
+def _steps(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many representable numbers of a dtype lie between a and b: int64."""
+    whole = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+
+    def ordered(x: Tensor) -> Tensor:
+        bits = x.to(dtype).contiguous().view(whole).long()
+        return torch.where(bits < 0, -(bits & torch.iinfo(whole).max), bits)
+
+    return (ordered(a) - ordered(b)).abs()
+
+
+def _offsets(have: FrozenWeight, want: FrozenWeight) -> Finding | None:
+    a, b = have.tensor, want.tensor
+    if "zero_point" not in (a.spec.offset, b.spec.offset) and (a.offset is None) != (b.offset is None):
+        return Finding("offset", "one has an offset and the other has none")
+    if a.offset is None or b.offset is None:  # a zero point against signed codes: the codes are compared without it
+        return None
+    x, y = spread(a.offset, a).float(), spread(b.offset, b).float()
+    if torch.equal(x, y) or (a.spec.offset == b.spec.offset == "zero_point" and not torch.equal(a.codes, b.codes)):
+        return None
+    shift = x - y
+    if a.spec.offset == "zero_point" and bool((shift.abs() == 1).all()):
+        return Finding("zero point", "every zero point is off by one, as between versions 1 and 2 of GPTQ")
+    if (dtype := _rounded(x, y)) is not None:
+        return Finding("offset dtype", f"the stored offsets differ: they are rounded to {dtype}")
+    return Finding("offset", f"the stored offsets differ, for {int((shift != 0).sum())} of {shift.numel()} weights")

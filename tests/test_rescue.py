@@ -1,0 +1,324 @@
+"""Checkpoints written by other tools' own code, carried to other targets: every value the same, or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors.model_compressors.model_compressor import ModelCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
+from gguf import GGMLQuantizationType as T
+from safetensors.torch import load_file, save_file
+from tiny_text_models import byte_level_tokenizer, tiny, tokenizer_files
+
+from qat.affine import choose_qparams
+from qat.cli import main
+from qat.exporters import read_any
+from qat.rescue import source
+from qat.runtimes import run
+from qat.scheme import QuantSpec
+from qat.verification import verify
+
+SHAPE: dict[str, Any] = {"tie_word_embeddings": False, "intermediate_size": 128}
+NO_RUN = ["--no-verify"]
+
+
+def tokenizer() -> dict[str, bytes]:
+    end = "<|endoftext|>"
+    return tokenizer_files(byte_level_tokenizer("smaug-bpe"), bos_token=end, eos_token=end, unk_token=end)
+
+
+def export(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
+    """`qat export` in this process: (exit code, all that it printed)."""
+    code = main(["export", *(str(w) for w in words)])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def q4_k(x: np.ndarray) -> np.ndarray:
+    """Random blocks, which gguf-py dequantizes but cannot make: two float16 factors, six-bit scales, nibbles."""
+    made = np.random.default_rng(x.size)
+    data = made.integers(0, 256, (x.shape[0], x.shape[1] // 256, 144), dtype=np.uint8)
+    data[..., :4] = made.uniform(1e-4, 1e-3, (*data.shape[:2], 2)).astype(np.float16).view(np.uint8)
+    return data.reshape(x.shape[0], -1)
+
+
+def llama_gguf(file: Path, kind: T, **changes: Any) -> dict[str, torch.Tensor]:
+    """A Llama written by gguf-py alone as llama.cpp's converter does; what its tensors are worth, by HF name."""
+    model = tiny("llama", **{**SHAPE, **changes})
+    c = model.config
+    w = gguf.GGUFWriter(file, "llama")
+    w.add_name("someone's")
+    w.add_block_count(c.num_hidden_layers)
+    w.add_context_length(c.max_position_embeddings)
+    w.add_embedding_length(c.hidden_size)
+    w.add_feed_forward_length(c.intermediate_size)
+    w.add_head_count(c.num_attention_heads)
+    w.add_head_count_kv(c.num_key_value_heads)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps)
+    w.add_rope_freq_base(10000.0)
+    w.add_rope_dimension_count(c.head_dim)
+    spec = json.loads(tokenizer()["tokenizer.json"])
+    words = sorted(spec["model"]["vocab"], key=lambda t: spec["model"]["vocab"][t])
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("smaug-bpe")
+    w.add_token_list(words)
+    w.add_token_types([3 if t.startswith("<|") else 1 for t in words])
+    w.add_token_merges([" ".join(m) for m in spec["model"]["merges"]])
+    w.add_bos_token_id(0)
+    w.add_eos_token_id(0)
+    w.add_add_bos_token(False)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
+    worth: dict[str, torch.Tensor] = {}
+    for name, p in model.state_dict().items():
+        x = p.detach().numpy()
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # convert_hf_to_gguf.py's permute
+            x = x.reshape(heads, 2, x.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
+        as_ = kind if x.ndim == 2 and "embed" not in name else T.F16 if x.ndim == 2 else T.F32
+        data = q4_k(x) if as_ == T.Q4_K else gguf.quantize(np.ascontiguousarray(x), as_)
+        back = gguf.dequantize(data, as_).reshape(x.shape)
+        if heads:
+            back = back.reshape(heads, x.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(x.shape)
+        worth[name] = torch.from_numpy(np.array(back, dtype=np.float32))
+        to = table.get_name(name, try_suffixes=(".weight",))
+        w.add_tensor(str(to), data, raw_dtype=as_)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return worth
+
+
+def compressed(path: Path, args: QuantizationArgs, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A Llama quantized and saved by compressed-tensors alone; the weights that its own decompressor makes."""
+    model = tiny("llama", **SHAPE).to(dtype)
+    model.config.architectures = [type(model).__name__]
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized")
+    apply_quantization_config(model, config, show_progress=False)
+    spec = QuantSpec(
+        qtype=f"int{args.num_bits}",
+        block=(1, args.group_size) if args.group_size else (1, -1),
+        range="absmax_half",
+        scale=str(dtype).removeprefix("torch."),
+    )
+    for _, module in model.named_modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            module.weight_scale.data = choose_qparams(module.weight.detach(), spec).scale.clone()
+    compressor = ModelCompressor.from_pretrained_model(model, "pack-quantized")
+    assert compressor is not None
+    compressor.compress_model(model)
+    path.mkdir()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path / "model.safetensors")
+    model.config.save_pretrained(path)
+    compressor.update_config(str(path))
+    for name, content in tokenizer().items():
+        (path / name).write_bytes(content)
+    compressor.decompress_model(model)
+    return {n: p.detach().float() for n, p in model.state_dict().items() if not n.endswith(("_scale", "_zero_point"))}
+
+
+@pytest.mark.parametrize("kind", [T.Q4_0, T.Q4_1, T.Q5_0, T.Q8_0, T.Q4_K, T.TQ2_0])
+def test_a_gguf_file_becomes_a_hugging_face_folder(kind: T, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256} if kind in (T.Q4_K, T.TQ2_0) else {}
+    worth = llama_gguf(tmp_path / "x.gguf", kind, **wide)
+    proven = [] if kind == T.Q4_0 else NO_RUN  # in transformers, and the tokenizer in llama.cpp too
+    code, said = export(capsys, tmp_path / "x.gguf", "--to", "hf", "--out", tmp_path / "out", *proven)
+    assert code == 0, said
+    assert proven or "tokenizer equal on 8 lines" in said
+    assert not verify(tmp_path / "out" / "hf", against=tmp_path / "x.gguf", runtime=False).differences
+    back = source(tmp_path / "out" / "hf")
+    assert {**back.weights}.keys() == {n for n in worth if "proj" in n or "head" in n}
+    values = back.state_dict()
+    assert values.keys() == worth.keys()
+    assert all(torch.equal(values[n].float(), worth[n]) for n in worth)
+    assert back.config["model_type"] == "llama"
+    assert back.config["rms_norm_eps"] == 1e-6
+    assert back.config["num_key_value_heads"] == 2
+
+
+def test_compressed_tensors_runs_in_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=32)
+    worth = compressed(tmp_path / "ct", args, torch.float16)
+    code, said = export(capsys, tmp_path / "ct", "--to", "gguf", "--out", tmp_path / "out")
+    assert code == 0, said
+    assert "tokenizer equal" in said
+    read = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "gguf" / "model.gguf").tensors}
+    assert read["blk.0.ffn_up.weight"].tensor_type == T.Q4_0
+    up = gguf.dequantize(read["blk.0.ffn_up.weight"].data, T.Q4_0)
+    frozen = source(tmp_path / "ct")
+    want = frozen.state_dict()
+    assert torch.equal(torch.from_numpy(up), want["model.layers.0.mlp.up_proj.weight"])
+    assert all(torch.equal(want[n].half().float(), worth[n]) for n in want)
+    model = tiny("llama", **SHAPE)
+    model.load_state_dict(want)
+    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    scored = run("llama_cpp", tmp_path / "out" / "gguf", score=ids)["score"]
+    spread = float(logits.std())
+    assert float((scored[0] - logits).abs().max()) < 0.1 * spread  # llama.cpp quantizes the inputs to int8
+
+
+def packed(x: np.ndarray) -> torch.Tensor:
+    """Codes (R, C) below 16, eight to an int32 word along R, low bits first: as the GPTQ format is described."""
+    rows = x.astype(np.uint32).reshape(x.shape[0] // 8, 8, x.shape[1])
+    return torch.from_numpy(sum(rows[:, i] << np.uint32(4 * i) for i in range(8)).view(np.int32).copy())
+
+
+def gptq(path: Path, version: int, symmetric: bool, group: int = 64) -> dict[str, torch.Tensor]:
+    """A GPTQ folder made by hand as AutoGPTQ writes it, with its biases of zeros; what its weights are worth."""
+    model = tiny("llama", **SHAPE)
+    made = np.random.default_rng(0)
+    stored: dict[str, torch.Tensor] = {}
+    worth: dict[str, torch.Tensor] = {}
+    for name, p in model.half().state_dict().items():
+        if "proj" not in name:
+            stored[name] = worth[name] = p.detach().clone()
+            continue
+        out, columns = p.shape
+        codes = made.integers(0, 16, (columns, out))
+        zeros = np.full((columns // group, out), 8) if symmetric else made.integers(1, 16, (columns // group, out))
+        scales = made.uniform(0.01, 0.1, zeros.shape).astype(np.float16)
+        index = np.arange(columns) // group
+        module = name.removesuffix(".weight")
+        stored |= {
+            f"{module}.qweight": packed(codes),
+            f"{module}.qzeros": packed((zeros - (version == 1)).T).t().contiguous(),
+            f"{module}.scales": torch.from_numpy(scales),
+            f"{module}.g_idx": torch.from_numpy(index.astype(np.int32)),
+            f"{module}.bias": torch.zeros(out, dtype=torch.float16),
+        }
+        value = scales[index].astype(np.float32) * (codes - zeros[index]).astype(np.float32)
+        worth[name] = torch.from_numpy(value.T.copy())
+    path.mkdir()
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    how = {"quant_method": "gptq", "bits": 4, "group_size": group, "sym": symmetric, "desc_act": False}
+    how |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
+    (path / "config.json").write_text(json.dumps({**model.config.to_dict(), "quantization_config": how}, default=str))
+    for name, content in tokenizer().items():
+        (path / name).write_bytes(content)
+    return worth
+
+
+@pytest.mark.parametrize(("version", "symmetric", "kind"), [(1, True, T.Q4_0), (2, True, T.Q4_0), (1, False, T.Q5_0)])
+def test_gptq_becomes_gguf(
+    version: int, symmetric: bool, kind: T, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Groups of 64 are cut in two; zero points are taken off the codes, which then need a fifth bit."""
+    worth = gptq(tmp_path / "gptq", version, symmetric)
+    out = tmp_path / "out"
+    code, said = export(capsys, tmp_path / "gptq", "--to", "gguf", "--out", out, *([] if version == 2 else NO_RUN))
+    assert code == 0, said
+    assert "every value the same" in said
+    read = {t.name: t for t in gguf.GGUFReader(out / "gguf" / "model.gguf").tensors}
+    assert read["blk.1.ffn_down.weight"].tensor_type == kind
+    down = gguf.dequantize(read["blk.1.ffn_down.weight"].data, kind)
+    assert torch.equal(torch.from_numpy(down), worth["model.layers.1.mlp.down_proj.weight"])
+    assert not verify(out / "gguf", against=tmp_path / "gptq", runtime=False).differences
+    back = read_any(out / "gguf").state_dict()
+    assert all(torch.equal(back[n], worth[n].float()) for n in worth)
+
+
+def test_autogptqs_own_file_names(tmp_path: Path) -> None:
+    worth = gptq(tmp_path / "gptq", 1, symmetric=True)
+    (tmp_path / "gptq" / "model.safetensors").rename(tmp_path / "gptq" / "gptq_model-4bit-64g.safetensors")
+    config = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    how = config.pop("quantization_config")
+    del how["quant_method"]
+    (tmp_path / "gptq" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "gptq" / "quantize_config.json").write_text(json.dumps(how))
+    frozen = source(tmp_path / "gptq")
+    assert all(torch.equal(value.float(), worth[n].float()) for n, value in frozen.state_dict().items())
+    assert "quantize_config.json" not in frozen.tokenizer
+
+
+def test_two_gguf_files_are_compared_with_their_tokenizers(tmp_path: Path) -> None:
+    llama_gguf(tmp_path / "a.gguf", T.Q4_0)
+    llama_gguf(tmp_path / "b.gguf", T.Q4_0)
+    assert not verify(tmp_path / "a.gguf", against=tmp_path / "b.gguf", runtime=False).differences
+    field = gguf.GGUFReader(tmp_path / "a.gguf", "r+").fields["tokenizer.ggml.tokens"]
+    field.parts[field.data[300]][:1] = ord("Z")
+    field.parts[field.data[300]].base.flush()
+    (said,) = verify(tmp_path / "a.gguf", against=tmp_path / "b.gguf", runtime=False).differences
+    assert said.startswith("the tokenizer differs: tokenizer.ggml.tokens")
+
+
+def test_act_order_is_refused_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gptq(tmp_path / "gptq", 2, symmetric=True)
+    stored = load_file(tmp_path / "gptq" / "model.safetensors")
+    key = "model.layers.0.mlp.down_proj.g_idx"
+    save_file({**stored, key: stored[key].flip(0)}, tmp_path / "gptq" / "model.safetensors")
+    code, said = export(capsys, tmp_path / "gptq", "--to", "gguf", "--out", tmp_path / "out")
+    assert code == 3
+    assert "but desc_act is false" in said
+    config = tmp_path / "gptq" / "config.json"
+    config.write_text(config.read_text().replace('"desc_act": false', '"desc_act": true'))
+    code, said = export(capsys, tmp_path / "gptq", "--to", "gguf", "--out", tmp_path / "out")
+    assert code == 2
+    assert "model.layers.0.mlp.down_proj.weight" in said
+    assert "desc_act" in said
+
+
+def test_unknown_ggml_types_and_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    w = gguf.GGUFWriter(tmp_path / "mamba.gguf", "mamba")
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    code, said = export(capsys, tmp_path / "mamba.gguf", "--to", "hf", "--out", tmp_path / "out")
+    assert code == 2
+    assert "mamba" in said
+    llama_gguf(tmp_path / "x.gguf", T.Q5_1)
+    code, said = export(capsys, tmp_path / "x.gguf", "--to", "hf", "--out", tmp_path / "out")
+    assert code == 2
+    assert "is Q5_1; types that can be read: Q4_0, Q4_1" in said
+    assert not (tmp_path / "out" / "hf").exists()
+
+
+def test_torchaos_float32_scales_are_refused_for_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    from transformers import TorchAoConfig
+
+    model = tiny("llama", **SHAPE)
+    chosen = quantization.Int8WeightOnlyConfig(version=2)
+    quantization.quantize_(model.model, chosen)
+    stored, metadata = support.flatten_tensor_state_dict(model.state_dict())
+    folder = tmp_path / "torchao"
+    model.config.quantization_config = TorchAoConfig(chosen, modules_to_not_convert=["lm_head"])
+    model.config.save_pretrained(folder)
+    save_file({k: v.contiguous() for k, v in stored.items()}, folder / "model.safetensors", {**metadata})
+    for name, content in tokenizer().items():
+        (folder / name).write_bytes(content)
+    code, said = export(capsys, folder, "--to", "gguf", "--out", tmp_path / "out")
+    assert code == 2
+    assert "q_proj.weight" in said
+    assert "the nearest GGUF grid is Q8_0" in said
+    assert "No grid of this target holds the same weights exactly" in said
+    code, said = export(capsys, folder, "--to", "hf", "--out", tmp_path / "out", *NO_RUN)
+    assert code == 0, said
+    values = source(tmp_path / "out" / "hf").state_dict()
+    for name, p in model.state_dict().items():
+        assert torch.equal(values[name], p.dequantize() if hasattr(p, "qdata") else p)
+
+
+def test_a_file_against_the_float_model_it_was_made_of(tmp_path: Path) -> None:
+    llama_gguf(tmp_path / "x.gguf", T.Q8_0)
+    model = tiny("llama", **SHAPE)
+    model.save_pretrained(tmp_path / "float")
+    verdict = verify(tmp_path / "x.gguf", against=tmp_path / "float", runtime=False)
+    assert verdict.differences == []
+    assert 40 < verdict.figures["worst_sqnr"] <= verdict.figures["mean_sqnr"] < 60  # 6.02 dB a bit
+    with torch.no_grad():
+        up = model.model.layers[1].mlp.up_proj.weight
+        up.copy_(up[torch.randperm(len(up))])
+    model.save_pretrained(tmp_path / "other")
+    differences = verify(tmp_path / "x.gguf", against=tmp_path / "other", runtime=False).differences
+    assert len(differences) == 1
+    assert differences[0].startswith("model.layers.1.mlp.up_proj.weight is not the original's, rounded (-")
