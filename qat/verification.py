@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat import evaluation
 from qat.errors import UserError, VerifyError
-from qat.exporters import as_held, identify, target_module
+from qat.exporters import as_held, identify, made_of_others, target_module
 from qat.files import read_manifest
 from qat.frozen import Frozen, FrozenWeight
 from qat.runtimes import run
@@ -72,17 +72,23 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
     verdict = Verdict(target)
     folder = path.parent if path.is_file() else path
     base = Path(against) if against is not None else own_run(folder)
-    written = module.read(path)
+    written = None if hasattr(module, "UNREADABLE") else module.read(path)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     verdict.figures |= {"path": str(path), "bytes": size}
-    verdict.figures["bits_per_weight"] = bits_per_weight(written)
+    if written is not None:
+        verdict.figures["bits_per_weight"] = bits_per_weight(written)
     if manifest is None:
         verdict.unchecked.append(f"{path} has no manifest.json: whether its files are as they were written")
-    if base is None:
+    if written is None:
+        verdict.unchecked.append(module.UNREADABLE)
+    if base is None and written is not None:
         _against_manifest(written, manifest, verdict)
-    else:
+    elif base is not None:
         frozen = read_any(base)
-        compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
+        if written is None:
+            verdict.differences += made_of_others(manifest, as_held(module, frozen))
+        else:
+            compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
         verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
