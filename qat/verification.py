@@ -5,7 +5,6 @@ must be equal bit for bit, and the tokenizer must be the same. Then its runtime 
 """
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,55 +13,17 @@ import torch
 from torch import Tensor
 
 from qat import diagnosis, evaluation
-from qat.errors import UserError, VerifyError
-from qat.exporters import as_held, identify, read_any, target_module
+from qat.errors import UserError
+from qat.exporters import as_held, identify, made_of_others, read_any, target_module
 from qat.exporters.gguf import gguf_file
 from qat.files import read_manifest
 from qat.frozen import Frozen
 from qat.rescue import float_original, is_ours, source
 from qat.rescue_gguf import tokenizer_difference
 from qat.runtimes import run
+from qat.verdict import Verdict
 
 TOKENIZER_LINES = 300
-
-
-@dataclass
-class Verdict:
-    """figures: the report's entry for this export. differences: what is wrong, the first thing first. unchecked:
-    what could not be checked, and why."""
-
-    target: str
-    figures: dict[str, Any] = field(default_factory=dict)
-    differences: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
-
-    def raise_if_different(self) -> None:
-        """Raises VerifyError naming the first tensor that differs."""
-        if self.differences:
-            more = f" (and {len(self.differences) - 1} more)" if len(self.differences) > 1 else ""
-            raise VerifyError(self.differences[0] + more)
-
-    def lines(self) -> list[str]:
-        """What was found, a line each, for the terminal."""
-        f = self.figures
-        out = [f"  WRONG: {d}" for d in self.differences]
-        if "codes_equal" in f:
-            out.append(
-                f"  codes and stored scales equal: {f['codes_equal']}, float32 weights equal: {f['weights_equal']}"
-            )
-        if "worst_sqnr" in f:
-            out.append(
-                f"  quantized weights against the float original: {f['mean_sqnr']:.1f} dB SQNR on average, "
-                f"{f['worst_sqnr']:.1f} dB at worst ({f['worst']})"
-            )
-        if "tokenizer_lines" in f and not self.differences:
-            out.append(f"  tokenizer equal on {f['tokenizer_lines']} lines")
-        if "runtime" in f:
-            quality = f"perplexity {f['perplexity']:.4f}" if "perplexity" in f else f"accuracy {f['accuracy']:.4f}"
-            out.append(
-                f"  {f['runtime']}: loss {f['loss']:.6f}, {quality}, largest difference {f['max_logit_diff']:.2g}"
-            )
-        return out + [f"  not checked: {u}" for u in self.unchecked]
 
 
 def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> Verdict:
@@ -80,21 +41,28 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
     verdict = Verdict(target)
     folder = path.parent if path.is_file() else path
     base = Path(against) if against is not None else own_run(folder)
-    written = module.read(path)
+    written = None if hasattr(module, "UNREADABLE") else module.read(path)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     verdict.figures |= {"path": str(path), "bytes": size}
-    verdict.figures["bits_per_weight"] = bits_per_weight(written)
+    if written is not None:
+        verdict.figures["bits_per_weight"] = bits_per_weight(written)
     if manifest is None:
         verdict.unchecked.append(f"{path} has no manifest.json: whether its files are as they were written")
-    if base is None:
+    if written is None:
+        verdict.unchecked.append(module.UNREADABLE)
+    original = None if base is None or written is None else float_original(base)
+    if base is None and written is not None:
         _against_manifest(written, manifest, verdict)
-    elif (original := float_original(base)) is not None:
+    elif original is not None and written is not None:
         figures, verdict.differences = diagnosis.against_float(written, original)
         verdict.figures |= figures
-    else:
+    elif base is not None:
         both_gguf = target == "gguf" and not is_ours(base) and identify(base)[0] == "gguf"
         frozen = read_any(base) if both_gguf else source(base)
-        compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
+        if written is None:
+            verdict.differences += made_of_others(manifest, as_held(module, frozen))
+        else:
+            compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
         verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
         if both_gguf and (why := tokenizer_difference(gguf_file(path), gguf_file(base))):
             verdict.differences.append(why)

@@ -3,7 +3,8 @@
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
 one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
 `refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `stored_dtype` (of unquantized
-parameters), `as_held` (a Frozen as the file can say it) and `caveats` are for targets that have something to say there.
+parameters), `as_held` (a Frozen as the file can say it), `caveats` and `UNREADABLE` (why its file cannot be read back)
+are for targets that have something to say there.
 """
 
 from importlib import import_module
@@ -78,6 +79,18 @@ def as_held(module: ModuleType, frozen: Frozen) -> Frozen:
     return getattr(module, "as_held", lambda same: same)(frozen)
 
 
+def made_of_others(manifest: dict[str, Any] | None, frozen: Frozen) -> list[str]:
+    """For a file that cannot be read back: the tensors of `frozen` that it was not made of, by its manifest."""
+    if manifest is None:
+        return []
+    said = manifest["tensors"]
+    return [
+        f"{n}: the file was made of another tensor, by its manifest"
+        for n, d in frozen.digests().items()
+        if said.get(n) != d
+    ]
+
+
 def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
     """(target, manifest) of an exported folder or file; the manifest is None where there is none.
 
@@ -93,7 +106,7 @@ def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
     names = [path.name] if path.is_file() else [p.name for p in folder.iterdir()]
     if (folder / "config.json").is_file() and (found := _method(folder)) in targets():
         return found, None
-    for ending, target in ((".gguf", "gguf"), (".onnx", "onnx"), ("config.json", "hf")):
+    for ending, target in ((".gguf", "gguf"), (".onnx", "onnx"), (".pte", "executorch"), ("config.json", "hf")):
         if any(n.endswith(ending) for n in names):
             return target, None
     raise UserError(f"{path} holds no .gguf, no .onnx and no config.json: give a run, a frozen folder or an export")

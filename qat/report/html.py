@@ -68,7 +68,8 @@ def render(run_dir: Path) -> str:
         run_name=run_dir.absolute().name,
         rows=lines,
         exported=exported,
-        failed=[row.label for row in exported if not row.verified],
+        failed=[row.label for row in exported if not (row.verified or row.unreadable)],
+        unreadable=[row.label for row in exported if row.unreadable],
         quality_name=quality_name(report),
         quality=quality,
         change=_change,
@@ -93,7 +94,7 @@ def _read(path: Path) -> str | None:
 
 def _after(lines: Sequence[Row]) -> Row | None:
     """What the run produced: the smallest sound export that ran, else the last arm, if there is one."""
-    ran = [row for row in lines if row.verified and "loss" in row.figures]
+    ran = [row for row in lines if (row.verified or row.unreadable) and "loss" in row.figures]
     if ran:
         return min(ran, key=lambda row: row.figures["bytes"])
     arms = {row.key: row for row in lines}

@@ -49,11 +49,17 @@ class Row:
     @property
     def verified(self) -> bool:
         """The file was read back and holds the codes, stored scales and weights that were decided."""
-        return self.exported and self.figures["codes_equal"] and self.figures["weights_equal"]
+        return bool(self.exported and self.figures.get("codes_equal") and self.figures.get("weights_equal"))
+
+    @property
+    def unreadable(self) -> bool:
+        """A compiled file, which is run but cannot be read back: neither verified nor failed."""
+        return self.exported and "codes_equal" not in self.figures
 
     def equal(self, what: str) -> str:
         """For `codes` or `weights`: yes, NO, or blank."""
-        return ("yes" if self.figures[f"{what}_equal"] else "NO") if self.exported else BLANK
+        same = self.figures.get(f"{what}_equal")
+        return BLANK if same is None else ("yes" if same else "NO")
 
 
 def rows(report: Report) -> list[Row]:

@@ -55,16 +55,16 @@ class Export(TypedDict):
     """A written file, read back and run: figures are from `runtime`, not from the trained model.
 
     `path`: relative to the run folder, or absolute. `bytes`: the artefact on disk. `codes_equal` is about codes and
-    stored scales, `weights_equal` about the weights dequantized in fp32. `runtime` and what follows are absent when no
-    runtime could be started.
+    stored scales, `weights_equal` about the weights dequantized in fp32; both, and `bits_per_weight`, are absent for a
+    compiled file that cannot be read back. `runtime` and what follows are absent when no runtime could be started.
     """
 
     path: str
     bytes: int
     bytes_quantized: NotRequired[int]
-    bits_per_weight: float
-    codes_equal: bool
-    weights_equal: bool
+    bits_per_weight: NotRequired[float]
+    codes_equal: NotRequired[bool]
+    weights_equal: NotRequired[bool]
     runtime: NotRequired[str]
     loss: NotRequired[float]
     perplexity: NotRequired[float]
