@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.model_compressors.model_compressor import ModelCompressor
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
 from gguf import GGMLQuantizationType as T
@@ -24,6 +25,7 @@ from qat.scheme import QuantSpec
 from qat.verification import verify
 
 SHAPE: dict[str, Any] = {"tie_word_embeddings": False, "intermediate_size": 128}
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 NO_RUN = ["--no-verify"]
 
 
@@ -223,6 +225,22 @@ def test_gptq_becomes_gguf(
     assert not verify(out / "gguf", against=tmp_path / "gptq", runtime=False).differences
     back = read_any(out / "gguf").state_dict()
     assert all(torch.equal(back[n], worth[n].float()) for n in worth)
+
+
+def test_gptq_becomes_a_folder_that_compressed_tensors_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worth = gptq(tmp_path / "gptq", 1, symmetric=False)
+    code, said = export(capsys, tmp_path / "gptq", "--to", "hf", "--out", tmp_path / "out", *NO_RUN)
+    assert code == 0, said
+    config = json.loads((tmp_path / "out" / "hf" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    stored = load_file(tmp_path / "out" / "hf" / "model.safetensors")
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    name = "model.layers.0.mlp.down_proj.weight"
+    parts = {k: stored[f"{name}{k.removeprefix('weight')}"] for k in PARTS}
+    back = PackedQuantizationCompressor.decompress({**parts, "weight_scale": parts["weight_scale"].float()}, scheme)
+    assert torch.equal(back["weight"], worth[name])
 
 
 def test_autogptqs_own_file_names(tmp_path: Path) -> None:
