@@ -87,7 +87,7 @@ def llama_gguf(file: Path, kind: T, **changes: Any) -> dict[str, torch.Tensor]:
         if heads:
             back = back.reshape(heads, x.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(x.shape)
         worth[name] = torch.from_numpy(np.array(back, dtype=np.float32))
-        to = table.get_name(name, try_suffixes=(".weight",))
+        to = table.get_name(name, try_suffixes=(".weight", ".bias"))
         w.add_tensor(str(to), data, raw_dtype=as_)
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -340,3 +340,10 @@ def test_a_file_against_the_float_model_it_was_made_of(tmp_path: Path) -> None:
     differences = verify(tmp_path / "x.gguf", against=tmp_path / "other", runtime=False).differences
     assert len(differences) == 1
     assert differences[0].startswith("model.layers.1.mlp.up_proj.weight is not the original's, rounded (-")
+
+
+def test_a_llama_with_biases(tmp_path: Path) -> None:
+    worth = llama_gguf(tmp_path / "x.gguf", T.Q4_0, attention_bias=True)
+    frozen = source(tmp_path / "x.gguf")
+    assert frozen.config["attention_bias"] is True
+    assert all(torch.equal(value.float(), worth[n]) for n, value in frozen.state_dict().items())
