@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors.model_compressors.model_compressor import ModelCompressor
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.apply import apply_quantization_config
 from gguf import GGMLQuantizationType as T
@@ -24,6 +25,7 @@ from qat.scheme import QuantSpec
 from qat.verification import verify
 
 SHAPE: dict[str, Any] = {"tie_word_embeddings": False, "intermediate_size": 128}
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 NO_RUN = ["--no-verify"]
 
 
@@ -85,7 +87,7 @@ def llama_gguf(file: Path, kind: T, **changes: Any) -> dict[str, torch.Tensor]:
         if heads:
             back = back.reshape(heads, x.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(x.shape)
         worth[name] = torch.from_numpy(np.array(back, dtype=np.float32))
-        to = table.get_name(name, try_suffixes=(".weight",))
+        to = table.get_name(name, try_suffixes=(".weight", ".bias"))
         w.add_tensor(str(to), data, raw_dtype=as_)
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -225,6 +227,22 @@ def test_gptq_becomes_gguf(
     assert all(torch.equal(back[n], worth[n].float()) for n in worth)
 
 
+def test_gptq_becomes_a_folder_that_compressed_tensors_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worth = gptq(tmp_path / "gptq", 1, symmetric=False)
+    code, said = export(capsys, tmp_path / "gptq", "--to", "hf", "--out", tmp_path / "out", *NO_RUN)
+    assert code == 0, said
+    config = json.loads((tmp_path / "out" / "hf" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    stored = load_file(tmp_path / "out" / "hf" / "model.safetensors")
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    name = "model.layers.0.mlp.down_proj.weight"
+    parts = {k: stored[f"{name}{k.removeprefix('weight')}"] for k in PARTS}
+    back = PackedQuantizationCompressor.decompress({**parts, "weight_scale": parts["weight_scale"].float()}, scheme)
+    assert torch.equal(back["weight"], worth[name])
+
+
 def test_autogptqs_own_file_names(tmp_path: Path) -> None:
     worth = gptq(tmp_path / "gptq", 1, symmetric=True)
     (tmp_path / "gptq" / "model.safetensors").rename(tmp_path / "gptq" / "gptq_model-4bit-64g.safetensors")
@@ -322,3 +340,10 @@ def test_a_file_against_the_float_model_it_was_made_of(tmp_path: Path) -> None:
     differences = verify(tmp_path / "x.gguf", against=tmp_path / "other", runtime=False).differences
     assert len(differences) == 1
     assert differences[0].startswith("model.layers.1.mlp.up_proj.weight is not the original's, rounded (-")
+
+
+def test_a_llama_with_biases(tmp_path: Path) -> None:
+    worth = llama_gguf(tmp_path / "x.gguf", T.Q4_0, attention_bias=True)
+    frozen = source(tmp_path / "x.gguf")
+    assert frozen.config["attention_bias"] is True
+    assert all(torch.equal(value.float(), worth[n]) for n, value in frozen.state_dict().items())

@@ -127,7 +127,7 @@ def restored(
     if symmetric and not middle:
         raise VerifyError(f"{name} is symmetric, but its zero points are not all {2 ** (bits - 1)}")
     kind = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
-    qtype = f"int{bits}" if symmetric else f"uint{bits}"
+    qtype = f"int{bits}"  # signed, which compressed-tensors and torchao hold as well
     block = (1, -1) if int(found.get("group_size", -1)) == -1 else (1, codes.shape[1] // scale.shape[1])
     spec = QuantSpec(qtype=qtype, block=block, scale="float16", **kind)
     return frozen_weight(codes, scale, None if symmetric else zero, spec, said)
