@@ -81,7 +81,7 @@ def _outcome(found: dict[str, Any]) -> str:
     f = found["figures"]
     if found["differences"]:
         return f"[red]WRONG[/] {found['differences'][0]}"
-    parts = ["codes and weights equal"]
+    parts = ["codes and weights equal" if "codes_equal" in f else "compiled: its codes cannot be read back"]
     if "runtime" in f:
         quality = f"perplexity {f['perplexity']:.4f}" if "perplexity" in f else f"accuracy {f['accuracy']:.4f}"
         parts.append(f"{f['runtime']}: {quality}")

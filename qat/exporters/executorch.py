@@ -22,7 +22,7 @@ from qat.runtimes.environments import interpreter, missing_environment
 from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "executorch"
-UNREADABLE = "codes, scales and weights: a compiled .pte cannot be read back; its logits are compared, and its digests"
+UNREADABLE = "codes, scales and weights: a compiled .pte cannot be read back; only its logits can be compared"
 MODELS = ("llama", "qwen2", "qwen3")  # whose logits were compared
 CONTEXT = 2048  # the most tokens that the cache holds: it is allocated whole
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others' frequencies depend on the length of the text

@@ -24,7 +24,7 @@ PACKAGES: dict[str, list[list[str]]] = {
         ["gptqmodel==7.7.0", "optimum==2.3.0", "device-smi", "pypcre", "tokenicer", "logbar", "defuser", "pillow>=13"],
     ],
     "mlx": [["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"]],
-    "executorch": [["executorch==1.5.1", "flatbuffers", "pandas", "ruamel.yaml", "sympy", "tabulate"]],
+    "executorch": [["executorch==1.5.1", "torchao==0.18.0", "flatbuffers", "pandas", "ruamel.yaml", "tabulate"]],
 }
 
 

@@ -13,8 +13,10 @@ from qat.auditing import audit
 from qat.errors import UserError, VerifyError
 from qat.exporters import executorch, export, identify
 from qat.exporters.torchao import ASYMMETRIC
+from qat.files import write_manifest
 from qat.runtimes import environments, run
 from qat.scheme import QuantSpec
+from qat.shipping import _outcome
 from qat.verification import verify
 
 GRID = rules("8da4w")
@@ -69,6 +71,26 @@ def test_without_its_environment_it_says_how_to_make_it(tmp_path: Path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_what_verify_says_of_a_file_that_it_cannot_read(tmp_path: Path) -> None:
+    frozen = trained("llama", GRID)[1]
+    frozen.save(tmp_path / "frozen")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/model.pte").write_bytes(b"compiled")
+    write_manifest(tmp_path / "out", {"kind": "export", "target": "executorch", "tensors": frozen.digests()})
+    verdict = verify(tmp_path / "out", against=tmp_path / "frozen", runtime=False)
+    assert not verdict.differences
+    assert executorch.UNREADABLE in verdict.unchecked
+    assert "codes_equal" not in verdict.figures
+    assert "compiled: its codes cannot be read back" in _outcome({"figures": verdict.figures, "differences": []})
+    first = next(iter(frozen.weights))
+    frozen.weights[first].tensor.codes[0, 0] ^= 1
+    frozen.save(tmp_path / "other")
+    said = verify(tmp_path / "out", against=tmp_path / "other", runtime=False).differences
+    assert said == [f"{first}.codes: the file was made of another tensor, by its manifest"]
+    with pytest.raises(UserError, match="cannot be read back"):
+        executorch.read(tmp_path / "out")
+
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0}}),
     "qwen2, tied, with biases": ("qwen2", {}),
@@ -109,8 +131,8 @@ def test_executorch_computes_what_was_trained(compiled: tuple[Any, Any, Path]) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", list(MODELS)[3:], indirect=True)
-def test_the_runtime_and_the_verdict(compiled: tuple[Any, Any, Path], tmp_path: Path) -> None:
-    model, frozen, path = compiled
+def test_the_runtime_and_a_damaged_file(compiled: tuple[Any, Any, Path]) -> None:
+    model, _, path = compiled
     ids = (torch.arange(140) * 11 % 512)[None]  # more than one call takes
     answer = run("executorch", path, score=ids, logprobs=[PROMPTS[0].tolist()], version="")
     with torch.no_grad():
@@ -122,17 +144,6 @@ def test_the_runtime_and_the_verdict(compiled: tuple[Any, Any, Path], tmp_path: 
     assert answer["version"].startswith("executorch 1.")
     with pytest.raises(UserError, match="cache holds 1 to 140"):
         run("executorch", path, logprobs=[[1] * 141])
-    frozen.save(tmp_path / "frozen")
-    verdict = verify(path, against=tmp_path / "frozen", runtime=False)
-    assert not verdict.differences
-    assert executorch.UNREADABLE in verdict.unchecked
-    assert "codes_equal" not in verdict.figures
-    other = trained("llama", GRID, max_position_embeddings=140)[1]
-    first = next(iter(other.weights))
-    other.weights[first].tensor.codes[0, 0] ^= 1
-    other.save(tmp_path / "other")
-    said = verify(path, against=tmp_path / "other", runtime=False).differences
-    assert said == [f"{first}.codes: the file was made of another tensor, by its manifest"]
     program = (path / "model.pte").read_bytes()
     (path / "model.pte").write_bytes(program[: len(program) // 2])
     with pytest.raises(VerifyError, match="SHA-256 differs"):

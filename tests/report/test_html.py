@@ -146,6 +146,19 @@ def test_failed_verification_is_loud(tmp_path: Path) -> None:
     assert "Exports verified 1 of 3 not equal: gguf, hf" in summary
 
 
+def test_a_compiled_file_is_neither_verified_nor_failed(tmp_path: Path) -> None:
+    report: Any = sample.language_report()
+    for name in ("codes_equal", "weights_equal", "bits_per_weight"):
+        del report["exports"]["hf"][name]
+    page = Page(render(sample.write_run(tmp_path / "run", report)))
+    assert not page.named("section", "failed")
+    summary = re.sub(r"\s+", " ", page.text[""])
+    assert (
+        "Exports verified 2 of 3 read back: codes, scales and weights equal compiled, cannot be read back: hf"
+        in summary
+    )
+
+
 def test_runs_without_quantization_or_exports_leave_those_parts_out(runs: dict[str, Path]) -> None:
     page = Page(render(runs["pretrain"]))
     assert "This run exported nothing." in page.text[""]
