@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
 from qat import evaluation, runtimes
+from qat.conversion import calibrate
 from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError
 from qat.exporters import export, target_module
@@ -97,6 +98,7 @@ def row(target: str, exporter: str, subject: Subject) -> str:
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "name": subject.name}
     qat.audit(model, scheme["rules"], targets=[exporter], config=config)
     net: Any = qat.prepare(model, scheme["rules"], gelu=scheme.get("gelu")).eval()
+    calibrate(net, [subject.batch["input_ids"][:4]], lambda m, ids: m(input_ids=ids))
     generator = torch.Generator().manual_seed(1)
     vocabulary = config["vocab_size"]
     prompts = [torch.randint(2, vocabulary, (8 + i % 5,), generator=generator).tolist() for i in range(PROMPTS)]
