@@ -218,4 +218,4 @@ class Numerics(TypedDict):
 
     rules: list[Rule]
     gelu: NotRequired[Literal["float16_table"] | None]
-    kv_cache: NotRequired[Literal["float16"] | None]
+    kv_cache: NotRequired[Literal["float16", "float16_flash", "int8"] | None]
