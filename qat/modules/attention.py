@@ -3,12 +3,11 @@
 float16        without flash attention: queries and probabilities are rounded too, sums are float32 (mul_mat).
 float16_flash  llama.cpp's default settings. A call of fewer than 64 tokens (generation, short prompts) rounds queries
                and sums the values in float16, one key after the other; a longer one only keeps keys and values so.
-int8           Q8_0 with flash attention: queries, keys and values in blocks of 32 along the head, sums in float32. Heads
-               of a multiple of 64 are rotated by a Hadamard matrix before.
+int8           Q8_0 with flash attention: queries, keys and values in blocks of 32 along the head, sums in float32.
+               Heads of a multiple of 64 are rotated by a Hadamard matrix first.
 Source: ggml-cpu/ops.cpp, flash_attn_ext_f16_one_chunk and _tiled; llama-kv-cache.cpp, attn_rot_k and attn_rot_v.
 """
 
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, cast
 
@@ -20,9 +19,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from qat.affine import choose_qparams, fake_quantize
 from qat.errors import UserError
-from qat.scheme import QuantSpec
+from qat.scheme import KV_CACHES, QuantSpec
 
-KINDS = ("float16", "float16_flash", "int8")
 TILE = 64  # queries from which flash attention multiplies matrices (ggml_fa_tile_config)
 Q8_0 = QuantSpec(qtype="int8", block=(1, 32), divide="reciprocal", scale="float16")
 NEIGHBOURS = ("llama", "mistral")  # their heads are stored with the two halves interleaved: other blocks of 32
@@ -101,9 +99,9 @@ def attention(
     """transformers' attention interface: query (B, H, T, D), key and value (B, H_kv, S, D) -> (B, T, H, D), weights."""
     dim = query.shape[-1]
     model_type = getattr(getattr(module, "config", None), "model_type", "")
-    scaling = dim**-0.5 if scaling is None else scaling
+    scale = dim**-0.5 if scaling is None else scaling
     if model_type in SCALED_QUERIES:
-        query, scaling = query * scaling, 1.0
+        query, scale = query * scale, 1.0
     int8, flash = kind == "int8", kind == "float16_flash"
     rotated = int8 and dim % 64 == 0
     if int8 and model_type in NEIGHBOURS:
@@ -118,7 +116,7 @@ def attention(
         query = kept(query)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = query @ key.transpose(2, 3) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
@@ -133,10 +131,14 @@ def attention(
     return out.transpose(1, 2).contiguous(), dropped
 
 
-def refuse_kv_cache(config: Any, kind: str) -> None:
-    """Raises UserError for an unknown kind, and for one that does not fit the heads of a model of this config."""
-    if kind not in KINDS:
-        raise UserError(f"kv_cache={kind} is not possible; choose {', '.join(KINDS)}, or leave it out for float32")
+def refuse_kv_cache(model: nn.Module, kind: str) -> None:
+    """Raises UserError for an unknown kind, one that does not fit the model's heads, and a model without transformers'
+    attention interface."""
+    if kind not in KV_CACHES:
+        raise UserError(f"kv_cache={kind} is not possible; choose {', '.join(KV_CACHES)}, or leave it out for float32")
+    if not hasattr(model, "set_attn_implementation"):
+        raise UserError(f"kv_cache={kind} is for language models of transformers, not {type(model).__name__}")
+    config: Any = model.config
     heads = getattr(config, "num_attention_heads", None)
     dim = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     if kind == "int8" and dim % 32:
@@ -147,15 +149,12 @@ def refuse_kv_cache(config: Any, kind: str) -> None:
 
 
 def use_kv_cache(model: nn.Module, kind: str) -> None:
-    """Let every attention layer of a transformers model compute over a cache kept as `kind`, one of KINDS.
+    """Let every attention layer of a transformers model compute over a cache kept as `kind`, one of KV_CACHES.
 
-    Raises UserError as `refuse_kv_cache`, and for a model without transformers' attention interface.
+    Raises UserError as `refuse_kv_cache` does.
     """
-    switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
-    refuse_kv_cache(getattr(model, "config", None), kind)
-    if switch is None:
-        raise UserError(f"kv_cache={kind} is for language models of transformers, not {type(model).__name__}")
-    name = f"qat_kv_{KINDS.index(kind)}"  # transformers takes a name with "flash" in it for a package to load
+    refuse_kv_cache(model, kind)
+    name = f"qat_kv_{KV_CACHES.index(kind)}"  # transformers takes a name with "flash" in it for a package to load
     AttentionInterface.register(name, partial(attention, kind))
     AttentionMaskInterface.register(name, eager_mask)
-    switch(name)
+    cast(Any, model).set_attn_implementation(name)
