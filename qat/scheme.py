@@ -6,7 +6,7 @@ these dataclasses; none of them decides anything about the numbers itself.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import torch
 
@@ -213,9 +213,13 @@ class Rule:
             raise ValueError(f"share is {self.share!r}; it must be 'input' or absent")
 
 
+KvCache = Literal["float16", "float16_flash", "int8"]  # llama.cpp's; see qat.modules.attention
+KV_CACHES: tuple[str, ...] = get_args(KvCache)
+
+
 class Numerics(TypedDict):
     """`scheme=` of a recipe: which layers get which grid, and what else of the runtime training simulates."""
 
     rules: list[Rule]
     gelu: NotRequired[Literal["float16_table"] | None]
-    kv_cache: NotRequired[Literal["float16"] | None]
+    kv_cache: NotRequired[KvCache | None]

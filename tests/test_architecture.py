@@ -58,7 +58,7 @@ ALLOWED = {
     "qat.observers": ("qat.affine", "qat.scheme", "qat.errors"),
     "qat.quantizers.base": ("qat.affine", "qat.scheme"),
     "qat.kernels": ("qat.affine", "qat.rounding", "qat.scheme", "qat.quantizers.base"),
-    "qat.modules": ("qat.kernels", "qat.quantizers.base", "qat.errors"),
+    "qat.modules": ("qat.kernels", "qat.quantizers.base", "qat.affine", "qat.scheme", "qat.errors"),
     "qat.auditing": ("qat.modules", "qat.scheme", "qat.errors"),
 }
 

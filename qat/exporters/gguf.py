@@ -33,11 +33,12 @@ from qat.exporters.gguf_models import (
 )
 from qat.exporters.gguf_tokenizer import PHI3, known_difference, refuse_tokenizer, swallows_spaces, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
-from qat.scheme import QuantSpec, Scheme
+from qat.scheme import KV_CACHES, QuantSpec, Scheme
 
 RUNTIME = "llama_cpp"
 __all__ = [
     "FILE",
+    "KV_CACHES",
     "RUNTIME",
     "as_held",
     "export",

@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**WIDE, "query_pre_attn_scalar": 64}),
     "gemma3": ("gemma3_text", {**WIDE, "query_pre_attn_scalar": 64}),
     "phi": ("phi", {"hidden_size": 256, "intermediate_size": 512}),
+    "phi 96": ("phi", {"hidden_size": 384, "intermediate_size": 512}),  # heads that are not rotated
     "phi3": ("phi3", WIDE),
     "gpt_neox": ("gpt_neox", {"hidden_size": 256, "intermediate_size": 512}),  # GELU by erf, trained as the table's
 }
@@ -68,6 +69,13 @@ def last(net: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, float]:
         ("q4_0", "gpt2", None),
         ("q4_0", "llama", "float16"),
         ("q4_0", "gpt2", "float16"),
+        ("q4_0", "llama", "int8"),
+        ("q4_0", "llama", "float16_flash"),
+        *(
+            pytest.param(name, model, kind, marks=pytest.mark.slow)
+            for kind in ("int8", "float16_flash")
+            for name, model in (("q8_0", "llama"), ("q4_0", "gpt2"), ("q4_0", "gemma2"), ("q4_0", "phi 96"))
+        ),
         *(("q4_0", m, None) for m in ("gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox")),
     ],
 )
