@@ -73,6 +73,8 @@ class QuantSpec:
               offset, or the QuantSpec of the offsets.
     block_sum for inputs of weights with a floating offset: the dtype in which a runtime keeps the sum of each block,
               which it multiplies with the offset (ggml Q8_1: float16). None: the exact sum.
+    integer_dot  for inputs with one scale a row: evaluation multiplies the codes, exactly, and scales their sum by the
+              input's scale, then the weight's (torchao's int8 kernels). False: the product of the values.
     Raises ValueError for a name that does not exist or a combination that has no meaning.
     """
 
@@ -84,6 +86,7 @@ class QuantSpec:
     scale: "str | QuantSpec" = "portable"
     offset: "str | QuantSpec | None" = None
     block_sum: str | None = None
+    integer_dot: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))
@@ -100,6 +103,8 @@ class QuantSpec:
             _check("block_sum", self.block_sum, STORED)
             if self.divide != "reciprocal":
                 raise ValueError("block_sum is defined for divide 'reciprocal', as ggml's Q8_1 has it")
+        if self.integer_dot and (tuple(self.block) != (1, -1) or self.offset is not None):
+            raise ValueError("integer_dot needs one scale a row, block (1, -1), and no offset")
         if len(self.block) != 2 or any(type(n) is not int or n == 0 or n < -1 for n in self.block):
             raise ValueError(f"block is {self.block!r}; it must be two integers, each positive or -1 (the whole axis)")
         if self.range in OFFSET_RANGES and self.offset is None:
@@ -192,6 +197,9 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.static and (self.input is None or self.input.block != (-1, -1)):
             raise ValueError("static: true needs an input spec with block (-1, -1): one range for the whole tensor")
+        by_row = self.weight is not None and self.weight.block == (1, -1) and self.weight.offset is None
+        if self.input is not None and self.input.integer_dot and not by_row:
+            raise ValueError("integer_dot needs weights with one scale a row, block (1, -1), and no offset")
 
 
 @dataclass(frozen=True, kw_only=True)

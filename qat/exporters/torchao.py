@@ -6,6 +6,7 @@ Layout: torchao.prototype.safetensors, as of torchao 0.18.
 """
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ INTX, INT8 = "IntxUnpackedToInt8Tensor", "Int8Tensor"
 PARTS = ["qdata", "scale", "zero_point"]
 # torchao's inputs, a grid for each token: Int8DynamicActivationIntx (8da4w) and Int8DynamicActivationInt8
 ASYMMETRIC = QuantSpec(qtype="int8", range="minmax", divide="stored_inverse", scale="float32", offset="zero_point")
-SYMMETRIC = QuantSpec(qtype="int8", range="absmax_half", divide="stored_inverse", scale="float32")
+SYMMETRIC = replace(ASYMMETRIC, range="absmax_half", offset=None, integer_dot=True)
 
 
 def missing_runtime() -> str | None:
@@ -217,7 +218,7 @@ def _weight(name: str, meta: dict[str, Any], tensors: dict[str, Tensor], said: Q
     bits = 8 if meta["_type"] == INT8 else int(data["target_dtype"]["_data"].removeprefix("int"))
     block = (1, -1) if data["block_size"][1] == codes.shape[1] else (1, data["block_size"][1])
     asymmetric = said.offset is not None if said else bool(zero.any())
-    kind = {"range": "minmax", "offset": "zero_point"} if asymmetric else {}
+    kind: dict[str, Any] = {"range": "minmax", "offset": "zero_point"} if asymmetric else {}
     spec = QuantSpec(qtype=f"int{bits}", block=block, scale=str(scale.dtype).removeprefix("torch."), **kind)
     half = 2 ** (bits - 1)
     return frozen_weight(codes.int() + half, scale, zero.int() + half if asymmetric else None, spec, said)
