@@ -1,11 +1,11 @@
-"""Checkpoints as other tools write them: gguf-py and ggml, compressed-tensors' own compressor, and GPTQ by hand in numpy."""
+"""Checkpoints as others write them: gguf-py and ggml, compressed-tensors' own compressor, GPTQ by hand in numpy."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import gguf
 import ggml_library
+import gguf
 import numpy as np
 import torch
 from compressed_tensors.compressors.model_compressors.model_compressor import ModelCompressor

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-import numpy as np
 import ggml_library
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
