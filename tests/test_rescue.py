@@ -235,3 +235,26 @@ def test_a_llama_with_biases(tmp_path: Path) -> None:
     frozen = source(tmp_path / "x.gguf")
     assert frozen.config["attention_bias"] is True
     assert all(torch.equal(value.float(), worth[n]) for n, value in frozen.state_dict().items())
+
+
+def test_a_mistral_reads_as_the_llama_that_llama_cpp_computes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GGUF has one name for both, and no sliding window for either; transformers computes the same for both."""
+    worth = llama_gguf(tmp_path / "x.gguf", T.Q4_0)
+    code, said = export(capsys, tmp_path / "x.gguf", "--to", "hf", "--out", tmp_path / "out", *NO_RUN)
+    assert code == 0, said
+    config = json.loads((tmp_path / "out" / "hf" / "config.json").read_text())
+    logits = []
+    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(0))
+    for kind, changes in (("llama", {}), ("mistral", {"sliding_window": None})):
+        model = tiny(kind, **{**SHAPE, **changes})
+        model.load_state_dict(worth)
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+        changed = {**config, "model_type": kind, **changes}
+        (tmp_path / "out" / "hf" / "config.json").write_text(json.dumps(changed))
+        (tmp_path / "out" / "hf" / "manifest.json").unlink(missing_ok=True)
+        for a, b in ((tmp_path / "x.gguf", tmp_path / "out" / "hf"), (tmp_path / "out" / "hf", tmp_path / "x.gguf")):
+            assert verify(a, against=b, runtime=False).differences == []
+    assert torch.equal(*logits)
