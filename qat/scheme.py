@@ -61,7 +61,7 @@ class QuantSpec:
               (7.5 for int4: torchao, compressed-tensors); "signed_max" the signed extreme / qmin (ggml Q4_0; the
               scale may be negative); "minmax" (max - min) / (qmax - qmin), its floating offset the minimum;
               "minmax_zero" the same with the minimum at most 0 (ggml K-quants); "mlx" min-max with the larger edge
-              exact; "one_signed" extreme / qmax for values of one sign, as scales and minima are.
+              exact; "one_signed" extreme / qmax for values of one sign, as most scales and minima are.
     rounding  of x / scale; "half_up" is ggml's floor(y - qmin + 0.5) + qmin, the sum rounded to float32.
     divide    what x is divided by: the "stored" scale, the "exact" (unrounded) one, or a product with the float32
               reciprocal of either ("stored_inverse": torchao; "exact_inverse": ggml); "reciprocal": a product with
@@ -123,11 +123,15 @@ class QuantSpec:
             raise ValueError(f"divide {self.divide!r} is defined for range 'absmax', not {self.range!r}")
 
     def _check_nested(self, what: str, spec: "QuantSpec") -> None:
-        if spec.range != "one_signed" or spec.divide != "stored" or not isinstance(spec.scale, str):
-            raise ValueError(f"a quantized {what} needs range 'one_signed', divide 'stored' and a stored dtype")
-        ranges = ("absmax", "absmax_half", "minmax_zero")
+        if spec.range not in ("one_signed", "signed_max") or spec.divide != "stored" or not isinstance(spec.scale, str):
+            raise ValueError(
+                f"a quantized {what} needs range 'one_signed' or 'signed_max', divide 'stored' and a stored dtype"
+            )
+        ranges = ("absmax", "absmax_half", "signed_max", "minmax_zero")
         if self.range not in ranges or self.divide != "stored":
             raise ValueError(f"a quantized {what} goes with range {', '.join(ranges)} and divide 'stored' only")
+        if self.range == "signed_max" and spec.range != "signed_max":
+            raise ValueError(f"range 'signed_max' gives scales of both signs: a quantized {what} needs it too")
 
     @property
     def type(self) -> QType:

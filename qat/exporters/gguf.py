@@ -124,7 +124,7 @@ def _file_type(frozen: Frozen) -> LlamaFileType:
     if not sizes:
         return LlamaFileType.ALL_F32
     most = max(sizes, key=lambda name: sizes[name])
-    return LlamaFileType["MOSTLY_Q4_K_S" if most == "Q4_K" else f"MOSTLY_{most}"]
+    return LlamaFileType[f"MOSTLY_{most}_S" if most in ("Q4_K", "Q5_K") else f"MOSTLY_{most}"]
 
 
 def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:

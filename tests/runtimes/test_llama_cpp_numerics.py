@@ -17,7 +17,7 @@ from qat.recipes import CONFIGS
 from qat.runtimes import llama_cpp
 
 pytest.importorskip("xllamacpp")
-SCHEMES = ["q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "tq2_0"]
+SCHEMES = ["q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q4_k_m", "tq2_0"]
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", WIDE),
@@ -64,6 +64,7 @@ def last(net: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, float]:
     ("name", "model", "kv_cache"),
     [
         *((name, "llama", None) for name in SCHEMES),
+        pytest.param("q6_k", "llama", None, marks=pytest.mark.slow),
         ("q8_0", "qwen3 tied", None),
         ("q4_k", "qwen3 tied", None),
         ("q4_0", "gpt2", None),
