@@ -1,18 +1,11 @@
 """Any export against any other, and what is injected into one tensor of each: named, with its effect, exit code 3."""
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import gguf
 import pytest
-import torch
 from prepared_models import INT4, rule
-from safetensors.torch import load_file, save_file
 from tiny_text_models import byte_level_tokenizer, tiny, tokenizer_files
 
-from qat import cli
 from qat.conversion import convert, prepare
 from qat.exporters import export
 from qat.verification import verify
