@@ -121,10 +121,14 @@ def fit(frozen: Frozen, target: str) -> tuple[Frozen, list[str]]:
         def refuse(spec: QuantSpec, name: str = name, w: FrozenWeight = w) -> str | None:
             return module.refuse(name, w.kind, w.shape, spec, frozen.config)
 
-        found = regrid(w, refuse)
+        def refuse_values(w: FrozenWeight, name: str = name) -> str | None:
+            why = getattr(module, "refuse_values", None)
+            return why and why(name, w, frozen)
+
+        found = regrid(w, refuse, refuse_values)
         if found is None:
             raise UserError(
-                f"export to {target}: {name} ({w.tensor.spec.label()}): {refuse(w.tensor.spec)}. "
+                f"export to {target}: {name} ({w.tensor.spec.label()}): {refuse(w.tensor.spec) or refuse_values(w)}. "
                 "No grid of this target holds the same weights exactly"
             )
         if found is not w:

@@ -16,6 +16,7 @@ from qat.errors import UserError
 from qat.exporters.gguf_tokenizer import pre_tokenizer_steps
 
 _DROPPED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "rope_theta")
+TOKENIZER_LISTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
 
 def config_of(file: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +75,28 @@ def tokenizer_difference(file: Path, other: Path) -> str | None:
     )
     key = next((k for k in sorted({*have, *want}) if have.get(k) != want.get(k)), None)
     return None if key is None else f"the tokenizer differs: {key} in {file} is not that of {other}"
+
+
+def vocabulary_difference(file: Path, files: dict[str, bytes]) -> str | None:
+    """The first token or merge of a GGUF file that is not that of tokenizer.json in `files`; None if none differs."""
+    if "tokenizer.json" not in files:
+        return None
+    spec = json.loads(files["tokenizer.json"])
+    fields = GGUFReader(file).fields
+    have, merged = ([] if f is None else f.contents() for f in map(fields.get, TOKENIZER_LISTS))
+    used = spec["model"].get("vocab", {})
+    if not isinstance(used, dict):  # Unigram's list
+        return None
+    used = {**{i: t for t, i in used.items()}, **{t["id"]: t["content"] for t in spec.get("added_tokens", [])}}
+    for i, text in sorted(used.items()):
+        held = have[i] if i < len(have) else None
+        if held is None or held.replace(" ", "▁") != text.replace(" ", "▁"):
+            return f"the tokenizer differs: token {i} is {held!r} in {file}, not {text!r}"
+    merges = [m if isinstance(m, str) else " ".join(m) for m in spec["model"].get("merges", [])]
+    if merged and merged != merges:
+        at = next((i for i, pair in enumerate(zip(merged, merges, strict=False)) if pair[0] != pair[1]), len(merges))
+        return f"the tokenizer differs: its merges in {file} are others from number {at} on"
+    return None
 
 
 def _as_llama_cpp(spec: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

@@ -109,14 +109,28 @@ def _old_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 def words(name: str, w: FrozenWeight, dtype: torch.dtype) -> dict[str, Tensor]:
     """The three tensors of one parameter. Raises UserError if `dtype` cannot hold its scales or biases."""
+    codes = w.tensor.codes.int() - w.tensor.spec.type.qmin
+    return {"weight": pack(codes, w.tensor.spec.type.bits).view(torch.uint32), **_stored(name, w, dtype)}
+
+
+def refuse_values(name: str, w: FrozenWeight, frozen: Frozen) -> str | None:
+    """Why the folder cannot hold these very scales and biases, which lie in the model's dtype; None if it can."""
+    try:
+        _stored(name, w, float_dtype(frozen))
+    except UserError as why:
+        return str(why)
+    return None
+
+
+def _stored(name: str, w: FrozenWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Scales and biases of one parameter. Raises UserError if `dtype` cannot hold them."""
     q = w.tensor
     scale = q.scale.float()
     bias = scale * q.spec.type.qmin if q.offset is None else q.offset.float()
-    out = {"scales": scale.to(dtype), "biases": bias.to(dtype)}
+    out = {"scales": scale.to(dtype).contiguous(), "biases": bias.to(dtype).contiguous()}
     if not torch.equal(out["scales"].float(), scale) or not torch.equal(out["biases"].float(), bias):
         raise UserError(f"{name} has scales or biases that {dtype} cannot hold: use 'portable' for both")
-    codes = q.codes.int() - q.spec.type.qmin
-    return {"weight": pack(codes, q.spec.type.bits).view(torch.uint32), **{k: t.contiguous() for k, t in out.items()}}
+    return out
 
 
 def _theirs(name: str) -> str:
@@ -155,17 +169,17 @@ def read(path: Path) -> Frozen:
 
 
 def _weight(name: str, parts: list[Tensor], bits: int, group: int, about: dict[str, Any] | None) -> FrozenWeight:
-    """Raises ValueError if a symmetric grid's biases are not what its scales ask for."""
+    """A grid that is said to be symmetric and whose biases say otherwise is read as they say, for `verify` to name."""
     packed, scale, bias = parts
     codes = unpack(packed.view(torch.int32), bits, scale.shape[1] * group)
     said = said_of(name, about)
     stored = str(scale.dtype).removeprefix("torch.")
-    if said is not None and said.offset is None:
-        spec = QuantSpec(qtype=f"int{bits}", block=(1, group), scale=stored)
-        if not torch.equal(bias.float(), scale.float() * spec.type.qmin):
-            raise ValueError(f"{name} is symmetric, but its biases are not scale * {spec.type.qmin}")
+    spec = QuantSpec(qtype=f"int{bits}", block=(1, group), scale=stored)
+    symmetric = torch.equal(bias.float(), scale.float() * spec.type.qmin)
+    if said is not None and said.offset is None and symmetric:
         w = frozen_weight(codes, scale, None, spec, said)
     else:
+        said = None if said is not None and said.offset is None else said
         spec = QuantSpec(qtype=f"uint{bits}", block=(1, group), range="mlx", scale=stored, offset=stored)
         w = frozen_weight(codes, scale, bias.contiguous(), spec, said)
     if about is not None:
