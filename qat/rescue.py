@@ -44,8 +44,9 @@ def source(path: Path) -> Frozen:
     if target == "gguf":
         file = gguf_file(path)
         config = config_of(file, frozen.config)
-        if any(name.endswith("q_proj.bias") for name in frozen.floats) and "attention_bias" in config:
-            config["attention_bias"] = True  # the metadata does not say
+        for key, layer in (("attention_bias", "q_proj"), ("mlp_bias", "up_proj")):  # the metadata does not say
+            if key in config and any(name.endswith(f"{layer}.bias") for name in frozen.floats):
+                config[key] = True
         frozen = replace(frozen, config=config, tokenizer=tokenizer_of(file))
     else:
         frozen = replace(frozen, tokenizer=_kept(frozen.tokenizer))

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGUFReader
 
 from qat.errors import UserError
+from qat.exporters.gguf_models import DERIVED, read_rope
 from qat.exporters.gguf_tokenizer import pre_tokenizer_steps
 
 _DROPPED = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "rope_theta")
@@ -35,13 +37,29 @@ def config_of(file: Path, found: dict[str, Any]) -> dict[str, Any]:
     config = {**config, **found}
     if "sliding_window" not in found and "sliding_window" in config:
         config["sliding_window"] = None  # llama.cpp computes none; transformers puts its default in
-    config = {k: _shortest(v) for k, v in config.items() if k not in _DROPPED}
-    rope = config.get("rope_parameters")
-    return {**config, "rope_parameters": {k: _shortest(v) for k, v in rope.items()}} if rope else config
+    config = {k: v for k, v in config.items() if k not in _DROPPED}
+    rope = _rope(file)  # of which transformers reads the base alone
+    original = "original_max_position_embeddings"  # phi3 has it twice
+    config |= {original: rope[original]} if original in config and original in rope else {}
+    return _shortest({**config, "rope_parameters": rope} if rope else config)
+
+
+def _rope(file: Path) -> dict[str, Any]:
+    reader = GGUFReader(file)
+    derived = {t.name: torch.from_numpy(np.array(t.data)) for t in reader.tensors if t.name in DERIVED}
+    fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")}
+    try:
+        return read_rope(fields, derived)
+    except UserError as why:
+        raise UserError(f"{file}: {why}") from why
 
 
 def _shortest(value: Any) -> Any:
-    """A float32 of the metadata as it was written: 1e-06, not 9.999999974752427e-07. The float32 is the same."""
+    """Every float32 of the metadata as it was written: 1e-06, not 9.999999974752427e-07. The float32 is the same."""
+    if isinstance(value, dict):
+        return {k: _shortest(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_shortest(v) for v in value]
     if not isinstance(value, float):
         return value
     short = float(str(np.float32(value)))

@@ -115,6 +115,10 @@ class Gemma3(Windowed):
         super().write_metadata(w, config)
         w.add_rope_freq_base_swa(self.sliding_rope(config)["rope_theta"])
 
+    def read_rope(self, get: dict[str, Any], derived: dict[str, Tensor]) -> dict[str, Any]:
+        sliding = {"rope_type": "default", "rope_theta": get.get("rope.freq_base_swa", 10000.0)}
+        return {"full_attention": super().read_rope(get, derived), "sliding_attention": sliding}
+
 
 _OF_GEMMA: dict[str, Any] = {"activations": TANH_GELU[::-1], "tied": True}
 FAMILIES: dict[str, Family] = {
