@@ -43,7 +43,7 @@ def source(path: Path) -> Frozen:
         return frozen
     if target == "gguf":
         file = gguf_file(path)
-        config = config_of(file, frozen.config)
+        config = {**config_of(file, frozen.config), "tie_word_embeddings": bool(frozen.ties)}
         for key, layer in (("attention_bias", "q_proj"), ("mlp_bias", "up_proj")):  # the metadata does not say
             if key in config and any(name.endswith(f"{layer}.bias") for name in frozen.floats):
                 config[key] = True

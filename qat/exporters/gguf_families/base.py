@@ -160,14 +160,14 @@ class Family:
         said = {k.removeprefix("rope.scaling."): v for k, v in get.items() if k.startswith("rope.scaling.")}
         said = {"factor": get.get("rope.scale_linear", 1.0), **said}  # the name before there was more than one kind
         kind = said.get("type", "linear")
-        rope = {"rope_type": "default", "rope_theta": get.get("rope.freq_base", 10000.0)}
-        if kind in ("linear", "yarn") and said["factor"] not in (0.0, 1.0):
-            rope |= {"rope_type": kind, "factor": said["factor"]}
-            if kind == "yarn":
-                rope["original_max_position_embeddings"] = said["original_context_length"]
         odd = sorted(said.keys() - known) or sorted(derived) or [kind] * (kind not in ("none", "linear", "yarn"))
         if odd:
             raise UserError(f"the file's rotary positions ({odd[0]}) are of a kind that cannot be carried over exactly")
+        rope = {"rope_type": "default", "rope_theta": get.get("rope.freq_base", 10000.0)}
+        if kind != "none" and said["factor"] not in (0.0, 1.0):
+            rope |= {"rope_type": kind, "factor": said["factor"]}
+            if kind == "yarn":
+                rope["original_max_position_embeddings"] = said.get("original_context_length", get["context_length"])
         width = get.get("attention.key_length", get["embedding_length"] // get["attention.head_count"])
         part = get.get("rope.dimension_count", width) / width
         if part != 1.0 and not self.partial_rotary:

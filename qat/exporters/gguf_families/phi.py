@@ -75,7 +75,9 @@ class Phi3(Family):
             return super().read_rope(get, derived)
         ours = ("rope.scaling.attn_factor", "rope.scaling.original_context_length")
         rope = super().read_rope({k: v for k, v in get.items() if k not in ours}, {})
-        rope |= {f"{kind}_factor": derived[f"rope_factors_{kind}.weight"].float().tolist() for kind in ("long", "short")}
+        rope |= {
+            f"{kind}_factor": derived[f"rope_factors_{kind}.weight"].float().tolist() for kind in ("long", "short")
+        }
         original = get["rope.scaling.original_context_length"]
         more = {"original_max_position_embeddings": original, "attention_factor": get.get(ours[0], 1.0)}
         return {**rope, **more, "rope_type": "longrope"}
