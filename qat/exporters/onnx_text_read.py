@@ -84,7 +84,7 @@ class _Reader:
             codes, scale, offset = data, scale.reshape(-1, 1), None
             if codes.dtype != spec.type.storage:
                 raise VerifyError(f"{name}: the codes are {codes.dtype}, not {spec.type.storage}")
-        tensor = QTensor(codes, stored(scale, spec, name), offset, spec)
+        tensor = QTensor(codes, stored(scale, spec), offset, spec)
         shape = (codes.shape[0], codes.shape[1])
         return FrozenWeight(tensor, kind, shape[::-1] if kind == "Conv1D" else shape)
 
@@ -105,4 +105,4 @@ class _Reader:
         if zero.dtype != spec.type.storage or (spec.offset is None and zero.any()):
             raise VerifyError(f"{module}: its input's zero point is not of {spec.label()}")
         offset = None if spec.offset is None else zero.to(torch.int32).reshape(1, 1)
-        return FrozenInput(spec, True, stored(scale.reshape(1, 1), spec, module), offset)
+        return FrozenInput(spec, True, stored(scale.reshape(1, 1), spec), offset)
