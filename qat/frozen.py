@@ -19,7 +19,7 @@ from torch import Tensor
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError
 from qat.files import atomic_folder, read_manifest, write_manifest
-from qat.scheme import QuantSpec, Scheme, bits_per_weight
+from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
 from qat.streams import Later, info, raw, stored, write
 
 
@@ -191,6 +191,18 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
             (folder / "tokenizer").mkdir(exist_ok=True)
             (folder / "tokenizer" / name).write_bytes(content)
         write_manifest(folder, {"kind": "frozen", "tensors": digests})
+
+
+def blank(shape: tuple[int, int], spec: QuantSpec) -> QTensor:
+    """A quantized matrix (R, C) without storage, on the "meta" device."""
+    r, c = check_block(shape, spec.block)
+    grid = shape[0] // r, shape[1] // c
+    offset = None
+    if spec.offset is not None:
+        dtype = torch.int32 if spec.offset == "zero_point" else stored_dtype(spec.offset)
+        offset = torch.empty(grid, dtype=dtype, device="meta")
+    codes = torch.empty(shape, dtype=spec.type.storage, device="meta")
+    return QTensor(codes, torch.empty(grid, dtype=stored_dtype(spec.scale), device="meta"), offset, spec)
 
 
 def _flat(name: str, parts: dict[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
