@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from qat.affine import quantize
 from qat.auditing import audit
 from qat.errors import UserError
-from qat.frozen import Frozen, FrozenInput, FrozenWeight, blank, write_frozen
+from qat.frozen import Frozen, FrozenInput, FrozenWeight, blank, open_frozen, write_frozen
 from qat.modules import quantized_class
 from qat.modules.base import QuantLayer
 from qat.modules.gelu import use_table_gelu
@@ -189,7 +189,7 @@ def convert(
     shapes = {n: _blank(layer) for n, layer in layers.items()}
     announced = Frozen(shapes, {n: t.to("meta") for n, t in floats.items()}, *rest)
     write_frozen(path, announced, Frozen(weights, floats, *rest).tensors())
-    return Frozen.load(path)
+    return open_frozen(path)
 
 
 def _decided(name: str, layer: QuantLayer) -> FrozenWeight:
