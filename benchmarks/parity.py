@@ -96,6 +96,7 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
         ids = answers["input_ids"]
         got = runtimes.run(module.RUNTIME, path, score=ids, logprobs=prompts + prefixes, version="")
     equal = not found.differences
+    held = "logits only: a compiled .pte cannot be read back" if hasattr(module, "UNREADABLE") else "equal"
     trained = evaluation.figures(answers)["perplexity"]
     there = evaluation.figures({**answers, "nll": -got["score"]})["perplexity"]
     error = (got["logprobs"][:PROMPTS] - want).abs().amax(-1) / largest
@@ -104,7 +105,7 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
     half = exporter in ("awq", "gptq")
     return [
         table.misses(equal=equal, error=error, spread=float(spread), rounded=rounded, half=half, ratio=there / trained),
-        getattr(module, "UNREADABLE", "equal") if equal else f"**NO** {found.differences[0]}",
+        held if equal else f"**NO** {found.differences[0]}",
         f"{error.median():.1e}",
         f"{(error <= table.FLOAT).float().mean():.0%}",
         f"{spread:.1e}",
