@@ -73,11 +73,13 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
     composed: Any = OmegaConf.load(CONFIGS / "target" / f"{target}.yaml")
     name = next(d["override /scheme"] for d in composed.defaults if "override /scheme" in d)
     scheme = instantiate(OmegaConf.load(CONFIGS / "scheme" / f"{name}.yaml"), _convert_="all")
+    simulated = {k: v for k, v in {**scheme, **composed.get("scheme", {})}.items() if k != "rules"}
     module = target_module(exporter)
     model = copy.deepcopy(subject.model)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "name": subject.name}
+    config["kv_cache"] = simulated.get("kv_cache")
     qat.audit(model, scheme["rules"], targets=[exporter], config=config)
-    net: Any = qat.prepare(model, scheme["rules"], gelu=scheme.get("gelu")).eval()
+    net: Any = qat.prepare(model, scheme["rules"], **simulated).eval()
     calibrate(net, [subject.batch["input_ids"][:4]], lambda m, ids: m(input_ids=ids))
     generator = torch.Generator().manual_seed(1)
     vocabulary = config["vocab_size"]

@@ -84,9 +84,14 @@ def store_offset(value: Tensor, stored: str | QuantSpec) -> Tensor:
 
 
 def _store_quantized(value: Tensor, spec: QuantSpec, least: float) -> Tensor:
-    """The float32 values nearest to `value` that codes of at least `least` can stand for."""
+    """The float32 values nearest to `value` that codes of a magnitude of at least `least` can stand for."""
     grid = choose_qparams(value, spec)
-    codes = to_codes(value, grid, spec).clamp(min=least)
+    codes = to_codes(value, grid, spec)
+    if spec.type.qmin < 0:
+        sign = torch.where(tile(value, spec.block) * _spread(grid.scale.float()) < 0, -1.0, 1.0)
+        codes = torch.where(codes.abs() < least, sign * least, codes)
+    else:
+        codes = codes.clamp(min=least)
     return from_codes(codes, grid.scale, None, spec, torch.float32)
 
 

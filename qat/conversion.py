@@ -36,8 +36,8 @@ def prepare(
 
     Call it before the optimiser is made and before a checkpoint is loaded: learned scales are parameters. Weights
     keep their names and their identity. weight(spec, tensor (out, in)) makes the weight quantizers; observer() the
-    ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`); kv_cache="float16"
-    rounds keys and values as its cache does (`qat.modules.attention`), and is noted in the model's config.
+    ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`); kv_cache, one of
+    KV_CACHES, computes attention as over its cache (`qat.modules.attention`), and is noted in the model's config.
     Raises UserError as `audit` does, or if the model is prepared already.
     """
     if any(isinstance(m, QuantLayer) for m in model.modules()):

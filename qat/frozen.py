@@ -7,19 +7,20 @@ digest of every tensor).
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError
 from qat.files import atomic_folder, read_manifest, write_manifest
 from qat.scheme import QuantSpec, Scheme, bits_per_weight
+from qat.streams import Later, info, raw, stored, write
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ class FrozenInput:
 class Frozen:
     """weights and floats are keyed by the float model's parameter (and buffer) names; inputs by module path.
 
+    Of a loaded one the tensors are in the file until they are asked for, and are read each time.
     ties: alias parameter name -> the name that holds the tensor. config: the Hugging Face config.json, or for other
     graphs a dict with "architecture". tokenizer: file name -> contents.
     """
 
-    weights: dict[str, FrozenWeight]
-    floats: dict[str, Tensor]
+    weights: Mapping[str, FrozenWeight]
+    floats: Mapping[str, Tensor]
     inputs: dict[str, FrozenInput] = field(default_factory=dict[str, FrozenInput])
     ties: dict[str, str] = field(default_factory=dict[str, str])
     config: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -71,18 +73,22 @@ class Frozen:
             out[module] = Scheme(weight=held and held.tensor.spec, input=i.spec, static=i.static)
         return out
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor, flat: `NAME.codes`, `NAME.scale`, `NAME.offset`, floats, and `MODULE.input.scale|offset`."""
-        out = dict(self.floats)
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, one at a time: floats, `NAME.codes|scale|offset`, and `MODULE.input.scale|offset`."""
+        yield from self.floats.items()
         for name, w in self.weights.items():
-            out |= _flat(name, {"codes": w.tensor.codes, "scale": w.tensor.scale, "offset": w.tensor.offset})
+            yield from _flat(name, {"codes": w.tensor.codes, "scale": w.tensor.scale, "offset": w.tensor.offset})
         for name, i in self.inputs.items():
-            out |= _flat(f"{name}.input", {"scale": i.scale, "offset": i.offset})
-        return {k: out[k].detach().cpu().contiguous() for k in sorted(out)}
+            yield from _flat(f"{name}.input", {"scale": i.scale, "offset": i.offset})
+
+    def blank(self) -> "Frozen":
+        """The same without storage, on the "meta" device: dtypes and shapes."""
+        weights = {n: replace(w, tensor=w.tensor.to("meta")) for n, w in self.weights.items()}
+        return replace(self, weights=weights, floats={n: t.to("meta") for n, t in self.floats.items()})
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every tensor's dtype, shape and bytes."""
-        return {name: digest(t) for name, t in self.tensors().items()}
+        return {name: digest(t) for name, t in self.tensors()}
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The float model's parameters, quantized ones dequantized; aliases included."""
@@ -98,23 +104,7 @@ class Frozen:
 
     def save(self, path: Path) -> None:
         """Write the folder atomically. Raises OSError if the disk does."""
-        meta = {
-            "weights": {
-                n: {"spec": w.tensor.spec.to_dict(), "kind": w.kind, "shape": list(w.shape)}
-                for n, w in self.weights.items()
-            },
-            "inputs": {n: {"spec": i.spec.to_dict(), "static": i.static} for n, i in self.inputs.items()},
-            "floats": list(self.floats),
-            "ties": self.ties,
-            "config": self.config,
-        }
-        with atomic_folder(path) as folder:
-            save_file(self.tensors(), folder / "tensors.safetensors")
-            (folder / "frozen.json").write_text(json.dumps(meta, indent=1))
-            for name, content in self.tokenizer.items():
-                (folder / "tokenizer").mkdir(exist_ok=True)
-                (folder / "tokenizer" / name).write_bytes(content)
-            write_manifest(folder, {"kind": "frozen", "tensors": self.digests()})
+        write_frozen(path, self.blank(), self.tensors())
 
     @classmethod
     def load(cls, path: Path) -> "Frozen":
@@ -124,25 +114,36 @@ class Frozen:
             raise UserError(f"{path} is not a frozen folder: it has no frozen.json; give RUN/frozen or RUN")
         manifest = read_manifest(path)
         try:
-            tensors = load_file(path / "tensors.safetensors")
+            tensors = stored(path / "tensors.safetensors")
         except (SafetensorError, OSError) as e:
             raise VerifyError(f"{path / 'tensors.safetensors'} cannot be read: {e}") from e
         meta = json.loads((path / "frozen.json").read_text())
-        weights = {n: _weight(n, m, tensors) for n, m in meta["weights"].items()}
+        specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
+
+        def weight(name: str) -> FrozenWeight:
+            entry = meta["weights"][name]
+            q = QTensor(
+                tensors[f"{name}.codes"],
+                tensors[f"{name}.scale"],
+                tensors.get(f"{name}.offset"),
+                specs[name],
+            )
+            return FrozenWeight(q, entry["kind"], tuple(entry["shape"]))
+
+        def part(name: str) -> Tensor | None:
+            return tensors[name].clone() if name in tensors else None  # mapped, each would keep the file open
+
         inputs = {
             n: FrozenInput(
-                QuantSpec.from_dict(m["spec"]),
-                m["static"],
-                tensors.get(f"{n}.input.scale"),
-                tensors.get(f"{n}.input.offset"),
+                QuantSpec.from_dict(m["spec"]), m["static"], part(f"{n}.input.scale"), part(f"{n}.input.offset")
             )
             for n, m in meta["inputs"].items()
         }
         folder = path / "tokenizer"
         files = sorted(folder.iterdir()) if folder.is_dir() else []
         tokenizer = {f.name: f.read_bytes() for f in files}
-        floats = {n: tensors[n] for n in meta["floats"]}
-        frozen = cls(weights, floats, inputs, meta["ties"], meta["config"], tokenizer)
+        floats = Later(meta["floats"], tensors.__getitem__)
+        frozen = cls(Later(specs, weight), floats, inputs, meta["ties"], meta["config"], tokenizer)
         for name, value in frozen.digests().items():
             if manifest["tensors"].get(name) != value:
                 raise VerifyError(f"{path}: tensor {name} is not the one in the manifest")
@@ -159,15 +160,38 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def digest(t: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes."""
-    flat = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(f"{t.dtype} {tuple(t.shape)} ".encode() + flat.numpy().tobytes()).hexdigest()
+    made = hashlib.sha256(f"{t.dtype} {tuple(t.shape)} ".encode())
+    made.update(raw(t))
+    return made.hexdigest()
 
 
-def _flat(name: str, parts: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    return {f"{name}.{k}": t for k, t in parts.items() if t is not None}
+def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write the folder of `blank` (`Frozen.blank`) atomically from its tensors, which come one at a time."""
+    meta = {
+        "weights": {
+            n: {"spec": w.tensor.spec.to_dict(), "kind": w.kind, "shape": list(w.shape)}
+            for n, w in blank.weights.items()
+        },
+        "inputs": {n: {"spec": i.spec.to_dict(), "static": i.static} for n, i in blank.inputs.items()},
+        "floats": list(blank.floats),
+        "ties": blank.ties,
+        "config": blank.config,
+    }
+    digests: dict[str, str] = {}
+
+    def noted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            digests[name] = digest(tensor)
+            yield name, tensor
+
+    with atomic_folder(path) as folder:
+        write(folder / "tensors.safetensors", {n: info(t) for n, t in blank.tensors()}, noted())
+        (folder / "frozen.json").write_text(json.dumps(meta, indent=1))
+        for name, content in blank.tokenizer.items():
+            (folder / "tokenizer").mkdir(exist_ok=True)
+            (folder / "tokenizer" / name).write_bytes(content)
+        write_manifest(folder, {"kind": "frozen", "tensors": digests})
 
 
-def _weight(name: str, meta: dict[str, Any], tensors: dict[str, Tensor]) -> FrozenWeight:
-    spec = QuantSpec.from_dict(meta["spec"])
-    q = QTensor(tensors[f"{name}.codes"], tensors[f"{name}.scale"], tensors.get(f"{name}.offset"), spec)
-    return FrozenWeight(q, meta["kind"], tuple(meta["shape"]))
+def _flat(name: str, parts: dict[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+    return ((f"{name}.{k}", t) for k, t in parts.items() if t is not None)

@@ -22,7 +22,7 @@ from qat.budget import choose_device, refuse_memory
 from qat.conversion import WeightQuantizer, calibrate, convert, freeze_observers, prepare, set_fake_quant
 from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError, at_least
-from qat.exporters import refuse_missing_runtimes, refuse_texts, refuse_tokenizers
+from qat.exporters import refuse_caches, refuse_missing_runtimes, refuse_texts, refuse_tokenizers
 from qat.files import atomic_folder
 from qat.hub import Fallback
 from qat.layers import layer_stats
@@ -115,8 +115,9 @@ def run(
             shipped = tanh_form(_config(loaded.model)) if scheme.get("gelu") else _config(loaded.model)
             audited = audit(loaded.model, rules, targets=export, config=shipped)
             refuse_tokenizers(export, tokenizer_files(loaded.tokenizer), _config(loaded.model))
+            refuse_caches(export, scheme.get("kv_cache"))
             made: Any = {"weight": quantizer, "observer": observer, "calibration_batches": calibration_batches}
-            rehearse(loaded.model, audited, rules, **made)
+            rehearse(loaded.model, audited, rules, kv_cache=scheme.get("kv_cache"), **made)
             outcome.text = print_audit(audited, progress.console, exports=export)
     if loaded.fallback is not None:
         data.block_size = min(data.block_size, EMBEDDED_CONTEXT)

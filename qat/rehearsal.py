@@ -22,13 +22,18 @@ def rehearse(
     weight: Callable[[QuantSpec, Tensor], Any],
     observer: Callable[[], Any],
     calibration_batches: int,
+    kv_cache: str | None = None,
 ) -> None:
     """Raise UserError for settings of the quantizer or observer that they refuse, static inputs without calibration,
-    and weights that are not finite or overflow their stored scales.
+    weights that are not finite or overflow their stored scales, and a kv_cache that the model cannot have.
 
     weight, observer: as `prepare` takes them; each is tried once for every spec, on the first blocks of a weight. The
     range of every weight is looked at, at the cost of reading it twice.
     """
+    if kv_cache:
+        from qat.modules.attention import refuse_kv_cache
+
+        refuse_kv_cache(model, kv_cache)
     tried: set[QuantSpec] = set()
     for row in audited.rows:
         _refuse_input(row, rules, observer, calibration_batches)

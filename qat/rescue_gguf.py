@@ -32,6 +32,8 @@ def config_of(file: Path, found: dict[str, Any]) -> dict[str, Any]:
         kind = found.get("model_type")
         raise UserError(f"{file}: transformers cannot rebuild the config of a {kind} from GGUF ({error})") from error
     config = {**config, **found}
+    if "sliding_window" not in found and "sliding_window" in config:
+        config["sliding_window"] = None  # llama.cpp computes none; transformers puts its default in
     config = {k: _shortest(v) for k, v in config.items() if k not in _DROPPED}
     rope = config.get("rope_parameters")
     return {**config, "rope_parameters": {k: _shortest(v) for k, v in rope.items()}} if rope else config

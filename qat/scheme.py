@@ -6,7 +6,7 @@ these dataclasses; none of them decides anything about the numbers itself.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import torch
 
@@ -61,7 +61,7 @@ class QuantSpec:
               (7.5 for int4: torchao, compressed-tensors); "signed_max" the signed extreme / qmin (ggml Q4_0; the
               scale may be negative); "minmax" (max - min) / (qmax - qmin), its floating offset the minimum;
               "minmax_zero" the same with the minimum at most 0 (ggml K-quants); "mlx" min-max with the larger edge
-              exact; "one_signed" extreme / qmax for values of one sign, as scales and minima are.
+              exact; "one_signed" extreme / qmax for values of one sign, as most scales and minima are.
     rounding  of x / scale; "half_up" is ggml's floor(y - qmin + 0.5) + qmin, the sum rounded to float32.
     divide    what x is divided by: the "stored" scale, the "exact" (unrounded) one, or a product with the float32
               reciprocal of either ("stored_inverse": torchao; "exact_inverse": ggml); "reciprocal": a product with
@@ -73,6 +73,8 @@ class QuantSpec:
               offset, or the QuantSpec of the offsets.
     block_sum for inputs of weights with a floating offset: the dtype in which a runtime keeps the sum of each block,
               which it multiplies with the offset (ggml Q8_1: float16). None: the exact sum.
+    integer_dot  for inputs with one scale a row: evaluation multiplies the codes, exactly, and scales their sum by the
+              input's scale, then the weight's (torchao's int8 kernels). False: the product of the values.
     Raises ValueError for a name that does not exist or a combination that has no meaning.
     """
 
@@ -84,6 +86,7 @@ class QuantSpec:
     scale: "str | QuantSpec" = "portable"
     offset: "str | QuantSpec | None" = None
     block_sum: str | None = None
+    integer_dot: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "block", tuple(self.block))
@@ -100,6 +103,8 @@ class QuantSpec:
             _check("block_sum", self.block_sum, STORED)
             if self.divide != "reciprocal":
                 raise ValueError("block_sum is defined for divide 'reciprocal', as ggml's Q8_1 has it")
+        if self.integer_dot and (tuple(self.block) != (1, -1) or self.offset is not None):
+            raise ValueError("integer_dot needs one scale a row, block (1, -1), and no offset")
         if len(self.block) != 2 or any(type(n) is not int or n == 0 or n < -1 for n in self.block):
             raise ValueError(f"block is {self.block!r}; it must be two integers, each positive or -1 (the whole axis)")
         if self.range in OFFSET_RANGES and self.offset is None:
@@ -118,11 +123,15 @@ class QuantSpec:
             raise ValueError(f"divide {self.divide!r} is defined for range 'absmax', not {self.range!r}")
 
     def _check_nested(self, what: str, spec: "QuantSpec") -> None:
-        if spec.range != "one_signed" or spec.divide != "stored" or not isinstance(spec.scale, str):
-            raise ValueError(f"a quantized {what} needs range 'one_signed', divide 'stored' and a stored dtype")
-        ranges = ("absmax", "absmax_half", "minmax_zero")
+        if spec.range not in ("one_signed", "signed_max") or spec.divide != "stored" or not isinstance(spec.scale, str):
+            raise ValueError(
+                f"a quantized {what} needs range 'one_signed' or 'signed_max', divide 'stored' and a stored dtype"
+            )
+        ranges = ("absmax", "absmax_half", "signed_max", "minmax_zero")
         if self.range not in ranges or self.divide != "stored":
             raise ValueError(f"a quantized {what} goes with range {', '.join(ranges)} and divide 'stored' only")
+        if self.range == "signed_max" and spec.range != "signed_max":
+            raise ValueError(f"range 'signed_max' gives scales of both signs: a quantized {what} needs it too")
 
     @property
     def type(self) -> QType:
@@ -192,6 +201,9 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.static and (self.input is None or self.input.block != (-1, -1)):
             raise ValueError("static: true needs an input spec with block (-1, -1): one range for the whole tensor")
+        by_row = self.weight is not None and self.weight.block == (1, -1) and self.weight.offset is None
+        if self.input is not None and self.input.integer_dot and not by_row:
+            raise ValueError("integer_dot needs weights with one scale a row, block (1, -1), and no offset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +225,13 @@ class Rule:
             raise ValueError(f"share is {self.share!r}; it must be 'input' or absent")
 
 
+KvCache = Literal["float16", "float16_flash", "int8"]  # llama.cpp's; see qat.modules.attention
+KV_CACHES: tuple[str, ...] = get_args(KvCache)
+
+
 class Numerics(TypedDict):
     """`scheme=` of a recipe: which layers get which grid, and what else of the runtime training simulates."""
 
     rules: list[Rule]
     gelu: NotRequired[Literal["float16_table"] | None]
-    kv_cache: NotRequired[Literal["float16"] | None]
+    kv_cache: NotRequired[KvCache | None]

@@ -5,6 +5,7 @@ must be equal bit for bit, and the tokenizer must be the same. Then its runtime 
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +17,14 @@ from qat import diagnosis, evaluation
 from qat.errors import UserError
 from qat.exporters import as_held, identify, made_of_others, read_any, target_module
 from qat.exporters.gguf import gguf_file
+from qat.exporters.gguf_models import same_model
 from qat.files import read_manifest
 from qat.frozen import Frozen
 from qat.rescue import float_original, is_ours, source
 from qat.rescue_gguf import tokenizer_difference
 from qat.runtimes import run
+from qat.tokenizer_diagnosis import HARD_LINES
+from qat.tokenizer_diagnosis import difference as tokenizers
 from qat.verdict import Verdict
 
 TOKENIZER_LINES = 300
@@ -62,7 +66,12 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         if written is None:
             verdict.differences += made_of_others(manifest, as_held(module, frozen))
         else:
-            compare(written, as_held(module, frozen), verdict, whole_config=getattr(module, "WHOLE_CONFIG", False))
+            of = "frozen" if is_ours(base) else identify(base)[0]
+            whole = of in ("frozen", target) and getattr(module, "WHOLE_CONFIG", False)
+            kind = written.config.get("model_type")
+            if "gguf" in (target, of) and same_model(kind, frozen.config.get("model_type")):
+                frozen = replace(frozen, config={**frozen.config, "model_type": kind})
+            compare(written, as_held(module, frozen), verdict, whole_config=whole, same_files=of != "gguf")
         verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
         if both_gguf and (why := tokenizer_difference(gguf_file(path), gguf_file(base))):
             verdict.differences.append(why)
@@ -85,10 +94,13 @@ def bits_per_weight(frozen: Frozen) -> float:
     return 8 * frozen.nbytes() / sum(t.numel() for t in tensors)
 
 
-def compare(written: Frozen, frozen: Frozen, verdict: Verdict, *, whole_config: bool = False) -> None:
+def compare(
+    written: Frozen, frozen: Frozen, verdict: Verdict, *, whole_config: bool = False, same_files: bool = True
+) -> None:
     """Every tensor of `frozen` against the written one; sets codes_equal and weights_equal.
 
     whole_config: the file keeps every key of the configuration, so that one which is not there is a difference.
+    same_files: the tokenizer's files are copies; one rebuilt from a GGUF file needs only to split text alike.
     """
     codes = weights = True
     for name, want in frozen.weights.items():
@@ -142,9 +154,11 @@ def compare(written: Frozen, frozen: Frozen, verdict: Verdict, *, whole_config: 
     if whole_config and written.ties != frozen.ties:
         verdict.differences.append(f"the ties are {written.ties} in the file, {frozen.ties} in the frozen model")
     if written.tokenizer and frozen.tokenizer:  # a format with a tokenizer of its own is compared in its runtime
-        for name in frozen.tokenizer:
+        for name in frozen.tokenizer if same_files else ():
             if written.tokenizer.get(name) != frozen.tokenizer.get(name):
                 verdict.differences.append(f"{name}: not the tokenizer's file of the frozen model")
+        if not same_files and (why := tokenizers(written.tokenizer, frozen.tokenizer)):
+            verdict.differences.append(why)
     verdict.figures |= {"codes_equal": codes, "weights_equal": weights}
 
 
@@ -213,18 +227,6 @@ def _tokenizer(path: Path, module: ModuleType, frozen: Frozen, base: Path, verdi
                 verdict.differences.append(said)
                 break
     verdict.figures["tokenizer_lines"] = len(lines)
-
-
-HARD_LINES = [
-    "  leading and   inner   spaces\tand\ttabs ",
-    "1234567890 3.14159 0xFF 1e-5",
-    "naïve café — “quotes” … ﬁ ½",
-    "日本語のテキスト 한국어 العربية עברית",
-    "emoji 🙂👩‍👩‍👧 and \u200b zero width",
-    "don't we'll I'm you've they'd IT'S",
-    "def f(x: int) -> str:  # comment",
-    "\u00a0non-breaking\u2003em space",
-]
 
 
 def _run(path: Path, runtime: str, base: Path | None, verdict: Verdict) -> None:

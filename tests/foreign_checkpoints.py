@@ -1,9 +1,10 @@
-"""Checkpoints as other tools write them: gguf-py, compressed-tensors' own compressor, and GPTQ by hand in numpy."""
+"""Checkpoints as others write them: gguf-py and ggml, compressed-tensors' own compressor, GPTQ by hand in numpy."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import ggml_library
 import gguf
 import numpy as np
 import torch
@@ -26,16 +27,18 @@ def tokenizer() -> dict[str, bytes]:
     return tokenizer_files(byte_level_tokenizer("smaug-bpe"), bos_token=end, eos_token=end, unk_token=end)
 
 
-def q4_k(x: np.ndarray) -> np.ndarray:
-    """Random blocks, which gguf-py dequantizes but cannot make: two float16 factors, six-bit scales, nibbles."""
-    made = np.random.default_rng(x.size)
-    data = made.integers(0, 256, (x.shape[0], x.shape[1] // 256, 144), dtype=np.uint8)
-    data[..., :4] = made.uniform(1e-4, 1e-3, (*data.shape[:2], 2)).astype(np.float16).view(np.uint8)
-    return data.reshape(x.shape[0], -1)
+# of llama.cpp's Q4_K_M, by the end of a parameter's name; the other matrices are Q4_K
+Q4_K_M = {"lm_head.weight": T.Q6_K, "0.self_attn.v_proj.weight": T.Q6_K, "0.mlp.down_proj.weight": T.Q6_K}
 
 
-def llama_gguf(file: Path, kind: T, **changes: Any) -> dict[str, torch.Tensor]:
-    """A Llama written by gguf-py alone as llama.cpp's converter does; what its tensors are worth, by HF name."""
+def quantized(x: np.ndarray, kind: T) -> np.ndarray:
+    """By gguf-py, or by ggml's own C code what gguf-py can only read."""
+    return ggml_library.quantize(x, kind) if kind.name.endswith("_K") else gguf.quantize(np.ascontiguousarray(x), kind)
+
+
+def llama_gguf(file: Path, kind: T, mix: dict[str, T] | None = None, **changes: Any) -> dict[str, torch.Tensor]:
+    """A Llama written by gguf-py alone as llama.cpp's converter does; what its tensors are worth, by HF name. mix:
+    the types of the parameters whose names end so, where they are not `kind`; for the embedding too."""
     model = tiny("llama", **{**SHAPE, **changes})
     c = model.config
     w = gguf.GGUFWriter(file, "llama")
@@ -67,7 +70,8 @@ def llama_gguf(file: Path, kind: T, **changes: Any) -> dict[str, torch.Tensor]:
         if heads:  # convert_hf_to_gguf.py's permute
             x = x.reshape(heads, 2, x.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(x.shape)
         as_ = kind if x.ndim == 2 and "embed" not in name else T.F16 if x.ndim == 2 else T.F32
-        data = q4_k(x) if as_ == T.Q4_K else gguf.quantize(np.ascontiguousarray(x), as_)
+        as_ = next((to for ending, to in (mix or {}).items() if name.endswith(ending)), as_)
+        data = quantized(x, as_)
         back = gguf.dequantize(data, as_).reshape(x.shape)
         if heads:
             back = back.reshape(heads, x.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(x.shape)

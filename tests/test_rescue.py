@@ -9,7 +9,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
-from foreign_checkpoints import PARTS, SHAPE, compressed, gptq, llama_gguf, tokenizer
+from foreign_checkpoints import PARTS, Q4_K_M, SHAPE, compressed, gptq, llama_gguf, tokenizer
 from gguf import GGMLQuantizationType as T
 from safetensors.torch import load_file, save_file
 from tiny_text_models import tiny
@@ -21,6 +21,7 @@ from qat.runtimes import run
 from qat.verification import verify
 
 NO_RUN = ["--no-verify"]
+WIDE: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256}
 
 
 def export(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
@@ -30,9 +31,11 @@ def export(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
     return code, said.out + said.err
 
 
-@pytest.mark.parametrize("kind", [T.Q4_0, T.Q4_1, T.Q5_0, T.Q8_0, T.Q4_K, T.TQ2_0])
+@pytest.mark.parametrize(
+    "kind", [T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q4_K, T.Q5_K, T.Q6_K, T.TQ2_0], ids=lambda kind: kind.name
+)
 def test_a_gguf_file_becomes_a_hugging_face_folder(kind: T, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256} if kind in (T.Q4_K, T.TQ2_0) else {}
+    wide = WIDE if kind.name.endswith("_K") or kind == T.TQ2_0 else {}
     worth = llama_gguf(tmp_path / "x.gguf", kind, **wide)
     proven = [] if kind == T.Q4_0 else NO_RUN  # in transformers, and the tokenizer in llama.cpp too
     code, said = export(capsys, tmp_path / "x.gguf", "--to", "hf", "--out", tmp_path / "out", *proven)
@@ -47,6 +50,27 @@ def test_a_gguf_file_becomes_a_hugging_face_folder(kind: T, tmp_path: Path, caps
     assert back.config["model_type"] == "llama"
     assert back.config["rms_norm_eps"] == 1e-6
     assert back.config["num_key_value_heads"] == 2
+
+
+def test_q4_k_m_becomes_a_folder_and_a_gguf_file_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mix that most GGUF files are, quantized by ggml: the tensors of the second file are those of the first."""
+    worth = llama_gguf(tmp_path / "x.gguf", T.Q4_K, mix={**Q4_K_M, "embed_tokens.weight": T.Q4_K}, **WIDE)
+    code, said = export(capsys, tmp_path / "x.gguf", "--to", "hf,gguf", "--out", tmp_path / "out", *NO_RUN)
+    assert code == 0, said
+    values = source(tmp_path / "out" / "hf").state_dict()
+    assert values.keys() == worth.keys()
+    assert all(torch.equal(values[n], worth[n]) for n in worth)
+    want, have = (gguf.GGUFReader(f).tensors for f in (tmp_path / "x.gguf", tmp_path / "out" / "gguf" / "model.gguf"))
+    stored = {t.name: t for t in have}
+    for t in want:
+        assert stored[t.name].tensor_type == t.tensor_type
+        assert stored[t.name].data.tobytes() == t.data.tobytes(), t.name
+    again = export(capsys, tmp_path / "out" / "hf", "--to", "gguf", "--out", tmp_path / "again")
+    assert again[0] == 0, again[1]
+    assert "tokenizer equal on 8 lines" in again[1]
+    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(0))
+    a, b = (run("llama_cpp", f, score=ids)["score"] for f in (tmp_path / "x.gguf", tmp_path / "again" / "gguf"))
+    assert torch.equal(a, b)
 
 
 def test_compressed_tensors_runs_in_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,10 +180,10 @@ def test_unknown_ggml_types_and_models_are_refused(tmp_path: Path, capsys: pytes
     code, said = export(capsys, tmp_path / "mamba.gguf", "--to", "hf", "--out", tmp_path / "out")
     assert code == 2
     assert "mamba" in said
-    llama_gguf(tmp_path / "x.gguf", T.Q5_1)
+    llama_gguf(tmp_path / "x.gguf", T.TQ1_0, **WIDE)
     code, said = export(capsys, tmp_path / "x.gguf", "--to", "hf", "--out", tmp_path / "out")
     assert code == 2
-    assert "is Q5_1; types that can be read: Q4_0, Q4_1" in said
+    assert "is TQ1_0; types that can be read: Q4_0, Q4_1" in said
     assert not (tmp_path / "out" / "hf").exists()
 
 
@@ -211,3 +235,26 @@ def test_a_llama_with_biases(tmp_path: Path) -> None:
     frozen = source(tmp_path / "x.gguf")
     assert frozen.config["attention_bias"] is True
     assert all(torch.equal(value.float(), worth[n]) for n, value in frozen.state_dict().items())
+
+
+def test_a_mistral_reads_as_the_llama_that_llama_cpp_computes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GGUF has one name for both, and no sliding window for either; transformers computes the same for both."""
+    worth = llama_gguf(tmp_path / "x.gguf", T.Q4_0)
+    code, said = export(capsys, tmp_path / "x.gguf", "--to", "hf", "--out", tmp_path / "out", *NO_RUN)
+    assert code == 0, said
+    config = json.loads((tmp_path / "out" / "hf" / "config.json").read_text())
+    logits = []
+    ids = torch.randint(2, 500, (1, 12), generator=torch.Generator().manual_seed(0))
+    for kind, changes in (("llama", {}), ("mistral", {"sliding_window": None})):
+        model = tiny(kind, **{**SHAPE, **changes})
+        model.load_state_dict(worth)
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+        changed = {**config, "model_type": kind, **changes}
+        (tmp_path / "out" / "hf" / "config.json").write_text(json.dumps(changed))
+        (tmp_path / "out" / "hf" / "manifest.json").unlink(missing_ok=True)
+        for a, b in ((tmp_path / "x.gguf", tmp_path / "out" / "hf"), (tmp_path / "out" / "hf", tmp_path / "x.gguf")):
+            assert verify(a, against=b, runtime=False).differences == []
+    assert torch.equal(*logits)

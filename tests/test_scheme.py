@@ -43,7 +43,8 @@ def test_qtypes() -> None:
         ({"qtype": "int4", "range": "one_signed"}, "unsigned"),
         ({"qtype": "int4", "range": "signed_max", "divide": "reciprocal"}, "range 'absmax'"),
         ({"qtype": "int4", "scale": QuantSpec(qtype="int6")}, "one_signed"),
-        ({"qtype": "int4", "range": "signed_max", "scale": SUPER}, "range absmax"),
+        ({"qtype": "int4", "range": "signed_max", "scale": SUPER}, "scales of both signs"),
+        ({"qtype": "uint4", "range": "mlx", "offset": "float16", "scale": SUPER}, "range absmax"),
         ({"qtype": "int4", "divide": "exact", "scale": SUPER}, "divide 'stored'"),
     ],
 )

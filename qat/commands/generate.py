@@ -1,4 +1,4 @@
-"""qat generate: greedy or sampled text from a run, a frozen folder, a Hugging Face folder, a GGUF or ONNX file."""
+"""qat generate: greedy or sampled text from a run, a frozen folder or any export, in the runtime of the export."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """GGUF files run in llama.cpp, ONNX in onnxruntime, the rest from packed integers in torch."""
+    """Runs, frozen and hf folders are computed from packed integers in torch, every other export by its runtime."""
     from qat.commands.evaluate import classifies
     from qat.errors import UserError
     from qat.exporters import identify, target_module

@@ -2,9 +2,9 @@
 
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
 one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
-`refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `stored_dtype` (of unquantized
-parameters), `as_held` (a Frozen as the file can say it), `caveats` and `UNREADABLE` (why its file cannot be read back)
-are for targets that have something to say there.
+`refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `KV_CACHES` (that its runtime can be
+told to keep), `stored_dtype` (of unquantized parameters), `as_held` (a Frozen as the file can say it), `caveats` and
+`UNREADABLE` (why its file cannot be read back) are for targets that have something to say there.
 """
 
 from importlib import import_module
@@ -52,6 +52,13 @@ def refuse_texts(names: list[str], tokens: int, config: dict[str, Any]) -> None:
         refuse = getattr(target_module(name), "refuse_text", None)
         if refuse is not None and (why := refuse(tokens, config)):
             raise UserError(f"export to {name}: {why}")
+
+
+def refuse_caches(names: list[str], kv_cache: str | None) -> None:
+    """Raises UserError if a target's runtime does not compute over the KV cache that training simulates."""
+    for name in names:
+        if kv_cache and kv_cache not in getattr(target_module(name), "KV_CACHES", ()):
+            raise UserError(f"export to {name}: kv_cache={kv_cache} is llama.cpp's; leave it out, or export to gguf")
 
 
 def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:

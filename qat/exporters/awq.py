@@ -5,9 +5,11 @@ For a Linear (out, in) in groups of g: `qweight` int32 (in, out / 8), `qzeros` i
 The format is always asymmetric: a symmetric grid has zero points of 8. Activation-aware scaling is not part of it.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qat.errors import VerifyError
@@ -21,11 +23,12 @@ from qat.exporters.gptq_layout import (
     refuse_scheme,
     refuse_together,
     restored,
+    tensors,
     unsigned,
 )
 from qat.exporters.hf_folder import write
 from qat.frozen import Frozen, FrozenWeight
-from qat.packing import pack, unpack
+from qat.packing import unpack
 from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec
 
@@ -52,9 +55,6 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
 def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for weights on different grids or quantized inputs."""
     spec = check(frozen)
-    tensors = {n: t.contiguous() for n, t in frozen.floats.items()}
-    for name, w in frozen.weights.items():
-        tensors |= {f"{name.removesuffix('weight')}{k}": t for k, t in words(w).items()}
     left = [n for n, t in frozen.floats.items() if t.ndim == 2 and n.endswith(".weight")] + list(frozen.ties)
     quantization = {
         "quant_method": METHOD,
@@ -64,18 +64,21 @@ def export(frozen: Frozen, path: Path) -> None:
         "zero_point": True,
         "modules_to_not_convert": sorted(n.removesuffix(".weight") for n in left),
     }
-    write(path, config_of(frozen, quantization), tensors, frozen.tokenizer)
+    write(path, config_of(frozen, quantization), frozen, partial(tensors, words))
 
 
 def words(w: FrozenWeight) -> dict[str, Tensor]:
     """The three tensors of one layer."""
     codes, zero, scale = unsigned(w)
-    return {"qweight": _pack(codes.t()), "qzeros": _pack(zero.t()), "scales": scale.t().contiguous()}
+    return {"qweight": _pack(codes), "qzeros": _pack(zero), "scales": scale.t().contiguous()}
 
 
 def _pack(x: Tensor) -> Tensor:
-    """(R, C) below 16 -> int32 (R, C / 8)."""
-    return pack(x.reshape(x.shape[0], -1, 8)[..., ORDER].reshape(x.shape), 4)
+    """uint8 (C, R) below 16 -> int32 (R, C / 8)."""
+    eights = x.reshape(-1, 8, x.shape[1])
+    pairs = zip(ORDER[::2], ORDER[1::2], strict=True)
+    parts = torch.stack([eights[:, low] | eights[:, high] << 4 for low, high in pairs], -1)
+    return parts.view(torch.int32)[..., 0].t().contiguous()
 
 
 def _unpack(x: Tensor) -> Tensor:

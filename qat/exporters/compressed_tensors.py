@@ -92,17 +92,15 @@ def caveats(frozen: Frozen) -> list[str]:
     return out
 
 
-def tensors(name: str, frozen: Frozen, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors(name: str, w: FrozenWeight, given: FrozenInput | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors to store for one weight and its layer's input, under the library's names.
 
     Layers with quantized inputs keep int8 codes (out, in) under the weight's own name ("int-quantized", at 4 bits
     too); the others int32 words ("pack-quantized"). A zero point lies along `out`, and its scale is in `dtype`: the
     library multiplies asymmetric codes in the dtype of the stored scale.
     """
-    w = frozen.weights[name]
     parts = encode(name, w.tensor)
     scale, zero = parts[f"{name}_scale"], parts.get(f"{name}_offset")
-    given = frozen.inputs.get(name.removesuffix(".weight"))
     if given is not None:
         out = {name: w.tensor.codes.contiguous(), f"{name}_scale": scale}
         fixed = {} if given.scale is None else {f"{name.removesuffix('weight')}input_scale": given.scale.reshape(1)}

@@ -33,11 +33,13 @@ from qat.exporters.gguf_models import (
 )
 from qat.exporters.gguf_tokenizer import PHI3, known_difference, refuse_tokenizer, swallows_spaces, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
-from qat.scheme import QuantSpec, Scheme
+from qat.scheme import KV_CACHES, QuantSpec, Scheme
+from qat.streams import Later
 
 RUNTIME = "llama_cpp"
 __all__ = [
     "FILE",
+    "KV_CACHES",
     "RUNTIME",
     "as_held",
     "export",
@@ -123,7 +125,7 @@ def _file_type(frozen: Frozen) -> LlamaFileType:
     if not sizes:
         return LlamaFileType.ALL_F32
     most = max(sizes, key=lambda name: sizes[name])
-    return LlamaFileType["MOSTLY_Q4_K_S" if most == "Q4_K" else f"MOSTLY_{most}"]
+    return LlamaFileType[f"MOSTLY_{most}_S" if most in ("Q4_K", "Q5_K") else f"MOSTLY_{most}"]
 
 
 def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
@@ -144,7 +146,7 @@ def as_held(frozen: Frozen) -> Frozen:
     family = FAMILIES.get(frozen.config.get("model_type", ""))
     if family is None:  # then the file is of another model
         return frozen
-    floats = {n: family.restored(n, _stored(n, v, family)) for n, v in frozen.floats.items()}
+    floats = Later(frozen.floats, lambda n: family.restored(n, _stored(n, frozen.floats[n], family)))
     return replace(frozen, floats=floats)
 
 
@@ -178,7 +180,8 @@ def export(frozen: Frozen, path: Path) -> None:
     write_tokenizer(writer, frozen.tokenizer, config, rows[f"{family.embedding}.weight"])
 
     # all tensors are announced first, then packed and written one by one: no second copy of the model in memory
-    floats = {**frozen.floats, **family.extra_tensors(config)}
+    extra = family.extra_tensors(config)
+    floats = Later([*frozen.floats, *extra], lambda n: extra[n] if n in extra else frozen.floats[n])
     for name, value in floats.items():
         array = _float_array(name, value, family)
         writer.add_tensor_info(table.get(name, name), array.shape, array.dtype, array.nbytes)
@@ -232,7 +235,8 @@ def _read(file: Path) -> Frozen:
     config = read_config(fields)
     family = FAMILIES[config["model_type"]]
     table = {to: name for name, to in names(config["model_type"], family.n_layers(config)).items()}
-    frozen = Frozen({}, {}, config=config)
+    weights: dict[str, FrozenWeight] = {}
+    floats: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         if tensor.name in DERIVED:
             continue
@@ -242,18 +246,18 @@ def _read(file: Path) -> Frozen:
         order = family.row_order(name, config)
         back = None if order is None else order.argsort()
         if tensor.tensor_type in BY_GGML:
-            frozen.weights[name] = _read_weight(name, tensor.data, BY_GGML[tensor.tensor_type], back, family)
+            weights[name] = _read_weight(name, tensor.data, BY_GGML[tensor.tensor_type], back, family)
         elif tensor.tensor_type in _FLOATS:
             value = torch.from_numpy(np.array(tensor.data)).view(_FLOATS[tensor.tensor_type])
             value = _reordered(value, back)
             value = value.t().contiguous() if name.endswith(_CONV1D) else value
-            frozen.floats[name] = family.restored(name, value)
+            floats[name] = family.restored(name, value)
         else:
             known = ", ".join([t.name for t in BY_GGML] + [t.name for t in _FLOATS])
             raise UserError(f"{file}: {tensor.name} is {tensor.tensor_type.name}; types that can be read: {known}")
-    if "output.weight" not in {t.name for t in reader.tensors}:
-        frozen.ties[f"{family.head}.weight"] = f"{family.embedding}.weight"
-    return frozen
+    tied = "output.weight" not in {t.name for t in reader.tensors}
+    ties = {f"{family.head}.weight": f"{family.embedding}.weight"} if tied else {}
+    return Frozen(weights, floats, ties=ties, config=config)
 
 
 def _read_weight(name: str, data: np.ndarray, block: BlockType, back: Tensor | None, family: Family) -> FrozenWeight:

@@ -4,7 +4,7 @@ Each type cuts a row into blocks. Source of the layouts: ggml/src/ggml-common.h 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,16 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from qat.affine import QTensor
-from qat.exporters.gguf_k import SUPER, pack_q4_k, unpack_q4_k
+from qat.exporters.gguf_k import (
+    SUPER,
+    SUPER_SIGNED,
+    pack_q4_k,
+    pack_q5_k,
+    pack_q6_k,
+    unpack_q4_k,
+    unpack_q5_k,
+    unpack_q6_k,
+)
 from qat.scheme import QuantSpec, stored_dtype
 
 Parts = tuple[Tensor, Tensor, Tensor | None]  # codes [N, K], scales [N, K/block], offsets alike or None
@@ -103,6 +112,20 @@ def unpack_q5_0(data: np.ndarray) -> Parts:
     return _codes(codes, np.int8), _floats(b[..., :2]), None
 
 
+def pack_q5_1(q: QTensor) -> np.ndarray:
+    """24 bytes: f16 scale, f16 offset, the fifth bits as in Q5_0, 16 bytes of low nibbles."""
+    assert q.offset is not None
+    codes = _raw(q)
+    high = np.packbits(codes >> 4, axis=-1, bitorder="little")
+    return _join(_halves(q.scale), _halves(q.offset), high, _nibbles(codes))
+
+
+def unpack_q5_1(data: np.ndarray) -> Parts:
+    b = _blocks(data, 24)
+    high = np.unpackbits(b[..., 4:8], axis=-1, bitorder="little")
+    return _codes(_from_nibbles(b[..., 8:]) | (high << 4), np.uint8), _floats(b[..., :2]), _floats(b[..., 2:4])
+
+
 def pack_q8_0(q: QTensor) -> np.ndarray:
     """34 bytes: f16 scale, 32 int8 codes."""
     return _join(_halves(q.scale), _raw(q))
@@ -131,19 +154,28 @@ def _symmetric(qtype: str, block: int = 32, **rule: str) -> QuantSpec:
     return QuantSpec(qtype=qtype, block=(1, block), scale="float16", **rule)
 
 
-_MINMAX: dict[str, Any] = {"qtype": "uint4", "block": (1, 32)}
-_Q4_1 = QuantSpec(**_MINMAX, range="minmax", scale="float16", offset="float16")
-_Q4_K = QuantSpec(**_MINMAX, range="minmax_zero", scale=SUPER, offset=SUPER)
+def _minmax(qtype: str) -> QuantSpec:
+    return QuantSpec(qtype=qtype, block=(1, 32), range="minmax", scale="float16", offset="float16")
+
+
+def _super(qtype: str) -> QuantSpec:
+    return QuantSpec(qtype=qtype, block=(1, 32), range="minmax_zero", scale=SUPER, offset=SUPER)
+
+
+_Q6_K = QuantSpec(qtype="int6", block=(1, 16), range="signed_max", scale=SUPER_SIGNED)
 _Q8_0 = QuantSpec(qtype="int8", block=(1, 32), divide="reciprocal", scale="float16")
 _Q8_1 = QuantSpec(qtype="int8", block=(1, 32), divide="reciprocal", scale="float16", block_sum="float16")
 _Q8_K = QuantSpec(qtype="int8", block=(1, 256), divide="reciprocal_scale", scale="float32")
 _T = GGMLQuantizationType
 TYPES = (
     BlockType(_T.Q4_0, _symmetric("int4", range="signed_max"), _Q8_0, pack_q4_0, unpack_q4_0),
-    BlockType(_T.Q4_1, _Q4_1, _Q8_1, pack_q4_1, unpack_q4_1),
+    BlockType(_T.Q4_1, _minmax("uint4"), _Q8_1, pack_q4_1, unpack_q4_1),
     BlockType(_T.Q5_0, _symmetric("int5", range="signed_max"), _Q8_0, pack_q5_0, unpack_q5_0),
+    BlockType(_T.Q5_1, _minmax("uint5"), _Q8_1, pack_q5_1, unpack_q5_1),
     BlockType(_T.Q8_0, _symmetric("int8"), _Q8_0, pack_q8_0, unpack_q8_0),
-    BlockType(_T.Q4_K, _Q4_K, _Q8_K, pack_q4_k, unpack_q4_k),
+    BlockType(_T.Q4_K, _super("uint4"), _Q8_K, pack_q4_k, unpack_q4_k),
+    BlockType(_T.Q5_K, _super("uint5"), _Q8_K, pack_q5_k, unpack_q5_k),
+    BlockType(_T.Q6_K, _Q6_K, _Q8_K, pack_q6_k, unpack_q6_k),
     BlockType(_T.TQ2_0, _symmetric("ternary", 256), _Q8_K, pack_tq2_0, unpack_tq2_0),
 )
 BY_GGML = {t.ggml: t for t in TYPES}

@@ -40,6 +40,11 @@ def refuse_model(config: Config) -> str | None:
     return FAMILIES[kind].refuse(config)
 
 
+def same_model(a: str | None, b: str | None) -> bool:
+    """Whether llama.cpp tells two model types apart: it has one name, and one computation, for Llama and Mistral."""
+    return a == b or (a in FAMILIES and FAMILIES[a] is FAMILIES.get(b or ""))
+
+
 def refuse_text(tokens: int, config: Config) -> str | None:
     """Why llama.cpp cannot score texts of so many tokens as trained; None if it can."""
     family = FAMILIES.get(config.get("model_type", ""))

@@ -5,6 +5,7 @@ For a Linear (out, in) of b bits, groups of g: `qweight` int32 (in * b / 32, out
 (in,). Low bits first. Version 1 (target gptq_v1) stores zero points less one, which corrupts neighbours where one is 0.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qat.exporters.gptq_layout import (
     refuse_scheme,
     refuse_together,
     restored,
+    tensors,
     unsigned,
 )
 from qat.exporters.hf_folder import write
@@ -58,9 +60,6 @@ def export(frozen: Frozen, path: Path) -> None:
 def write_version(frozen: Frozen, path: Path, version: int) -> None:
     """`export` in checkpoint format 1 or 2."""
     spec = check(frozen)
-    tensors = {n: t.contiguous() for n, t in frozen.floats.items()}
-    for name, w in frozen.weights.items():
-        tensors |= {f"{name.removesuffix('weight')}{k}": t for k, t in words(w, version).items()}
     quantized = sorted({n.removesuffix(".weight").split(".", 3)[-1] for n in frozen.weights})
     quantization = {
         "quant_method": METHOD,
@@ -72,7 +71,7 @@ def write_version(frozen: Frozen, path: Path, version: int) -> None:
         "pack_dtype": "int32",
         "modules_in_block_to_quantize": [quantized],
     }
-    write(path, config_of(frozen, quantization), tensors, frozen.tokenizer)
+    write(path, config_of(frozen, quantization), frozen, partial(tensors, lambda w: words(w, version)))
 
 
 def words(w: FrozenWeight, version: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """What GPTQ and AWQ folders share: grids of one width, float16 scales, zero points counted from 0, one grid for all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,18 @@ def check(frozen: Frozen) -> QuantSpec:
 
 
 def unsigned(w: FrozenWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (out, in), zero points (out, in / g), both from 0 on, scales (out, in / g) float16) of one weight."""
+    """(codes (out, in), zero points (out, in / g), both uint8 from 0 on, scales (out, in / g) float16) of a weight."""
     q = w.tensor
-    zero = torch.zeros(q.scale.shape, dtype=torch.int32) if q.offset is None else q.offset.int()
     low = q.spec.type.qmin
-    return q.codes.int() - low, zero - low, q.scale.to(torch.float16)
+    zero = torch.full(q.scale.shape, -low) if q.offset is None else q.offset - low
+    return q.codes.contiguous().view(torch.uint8) + -low, zero.to(torch.uint8), q.scale.to(torch.float16)  # uint8 wraps
+
+
+def tensors(words: Callable[[FrozenWeight], dict[str, Tensor]], frozen: Frozen) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder; words: those of one layer."""
+    yield from frozen.floats.items()
+    for name, w in frozen.weights.items():
+        yield from ((f"{name.removesuffix('weight')}{k}", t) for k, t in words(w).items())
 
 
 def config_of(frozen: Frozen, quantization: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Where vLLM computes exactly what was trained (see compressed_tensors.py) `quant_
 "qat": `from_pretrained` loads that after `import qat`, and without it raises an error instead of inventing weights.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def export(frozen: Frozen, path: Path) -> None:
     plain = compressed_tensors.why_not(frozen, float_dtype(frozen)) is None
     config = base_config(frozen)
     config |= {"quantization_config": compressed_tensors.describe(frozen) if plain else describe(frozen)}
-    write(path, config, packed_tensors(frozen, plain), frozen.tokenizer)
+    write(path, config, frozen, lambda f: packed_tensors(f, plain))
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -64,15 +65,15 @@ def caveats(frozen: Frozen) -> list[str]:
     return [f"vLLM and plain transformers cannot read it ({why}); `import qat` first"]
 
 
-def packed_tensors(frozen: Frozen, plain: bool) -> dict[str, Tensor]:
+def packed_tensors(frozen: Frozen, plain: bool) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder. plain: under compressed-tensors' names."""
-    out = {n: t.contiguous() for n, t in frozen.floats.items()}
+    yield from ((n, t.contiguous()) for n, t in frozen.floats.items())
     dtype = float_dtype(frozen)
     for name, w in frozen.weights.items():
-        out |= compressed_tensors.tensors(name, frozen, dtype) if plain else encode(name, w.tensor)
+        given = frozen.inputs.get(name.removesuffix(".weight"))
+        yield from (compressed_tensors.tensors(name, w, given, dtype) if plain else encode(name, w.tensor)).items()
     for name, i in frozen.inputs.items():
-        out |= {} if plain else encode_input(name, i)
-    return out
+        yield from () if plain else encode_input(name, i).items()
 
 
 def quantization(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

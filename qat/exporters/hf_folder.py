@@ -5,8 +5,8 @@ say in which dtype a scale was decided, or by which rule.
 """
 
 import json
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.affine import QTensor
@@ -22,6 +21,7 @@ from qat.errors import UserError, VerifyError
 from qat.exporters.hf_layout import describe, narrow
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec, check_block, stored_dtype
+from qat.streams import Writer, info
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -55,17 +55,24 @@ def described(frozen: Frozen) -> dict[str, Any]:
 def write(
     path: Path,
     config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    tokenizer: dict[str, bytes],
+    frozen: Frozen,
+    tensors: Callable[[Frozen], Iterator[tuple[str, Tensor]]],
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Write the folder. metadata: of every weight file's header."""
+    """Write the folder. tensors: what is stored of a Frozen, asked first for one without storage, to learn the shapes,
+    then for `frozen`, to write each tensor as it comes. metadata: of every weight file's header."""
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    for name, content in tokenizer.items():
+    for name, content in frozen.tokenizer.items():
         (path / name).write_bytes(content)
-    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
-    for file, names in split.filename_to_tensors.items():
-        save_file({n: tensors[n] for n in names}, path / file, {"format": "pt", **(metadata or {})})
+    infos = {n: info(t) for n, t in tensors(frozen.blank())}
+    blank = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape) in infos.items()}
+    split = split_torch_state_dict_into_shards(blank, max_shard_size=SHARD_BYTES)
+    header = {"format": "pt", **(metadata or {})}
+    files = split.filename_to_tensors.items()
+    with ExitStack() as stack:
+        parts = {f: stack.enter_context(Writer(path / f, {n: infos[n] for n in names}, header)) for f, names in files}
+        for name, tensor in tensors(frozen):
+            parts[split.tensor_to_filename[name]].put(name, tensor)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")

@@ -6,6 +6,7 @@ scale * qmin, which is exact. mlx-lm quantizes embeddings and output heads as we
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from qat.exporters.hf_folder import (
     tokenizer_files,
     write,
 )
+from qat.exporters.hf_layout import to_words
 from qat.frozen import Frozen, FrozenWeight
-from qat.packing import pack, unpack
+from qat.packing import unpack
 from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec, Scheme
 
@@ -76,16 +78,17 @@ def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for quantized inputs, or scales that the model's dtype cannot hold."""
     for module, scheme in frozen.schemes().items():
         raise UserError(f"{module}: {refuse_scheme(scheme, frozen.config)}")
-    tensors = {_theirs(n): (t.t() if CONV1D.fullmatch(n) else t).contiguous() for n, t in frozen.floats.items()}
     grids: dict[str, dict[str, int]] = {}
+    dtype = float_dtype(frozen)
     for name, w in frozen.weights.items():
+        if any(not torch.equal(t.to(dtype).float(), t) for t in scales(w)):
+            raise UserError(f"{name} has scales or biases that {dtype} cannot hold: use 'portable' for both")
         module = _theirs(name).removesuffix(".weight")
-        tensors |= {f"{module}.{k}": t for k, t in words(name, w, float_dtype(frozen)).items()}
         grids[module] = {"group_size": w.tensor.spec.block[1], "bits": w.tensor.spec.type.bits}
     first = next(iter(grids.values()))
     quantization = {**first, "mode": "affine", **{m: g for m, g in grids.items() if g != first}}
     config = base_config(frozen) | described(frozen) | _old_keys(frozen.config) | {"quantization": quantization}
-    write(path, config, tensors, frozen.tokenizer)
+    write(path, config, frozen, _tensors)
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -107,16 +110,22 @@ def _old_keys(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def words(name: str, w: FrozenWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The three tensors of one parameter. Raises UserError if `dtype` cannot hold its scales or biases."""
+def scales(w: FrozenWeight) -> tuple[Tensor, Tensor]:
+    """MLX's scales and biases of one parameter, float32 (out, in / g)."""
     q = w.tensor
     scale = q.scale.float()
-    bias = scale * q.spec.type.qmin if q.offset is None else q.offset.float()
-    out = {"scales": scale.to(dtype), "biases": bias.to(dtype)}
-    if not torch.equal(out["scales"].float(), scale) or not torch.equal(out["biases"].float(), bias):
-        raise UserError(f"{name} has scales or biases that {dtype} cannot hold: use 'portable' for both")
-    codes = q.codes.int() - q.spec.type.qmin
-    return {"weight": pack(codes, q.spec.type.bits).view(torch.uint32), **{k: t.contiguous() for k, t in out.items()}}
+    return scale, scale * q.spec.type.qmin if q.offset is None else q.offset.float()
+
+
+def _tensors(frozen: Frozen) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder."""
+    for name, value in frozen.floats.items():
+        yield _theirs(name), value.t() if CONV1D.fullmatch(name) else value
+    dtype = float_dtype(frozen)
+    for name, w in frozen.weights.items():
+        module = _theirs(name).removesuffix(".weight")
+        yield f"{module}.weight", to_words(w.tensor.codes, w.tensor.spec).view(torch.uint32)
+        yield from zip((f"{module}.scales", f"{module}.biases"), (t.to(dtype) for t in scales(w)), strict=True)
 
 
 def _theirs(name: str) -> str:

@@ -39,7 +39,7 @@ def _sign(spec: QuantSpec) -> str:
 
 def level_4(block: int) -> QuantSpec:
     """What accuracy level 4 does to the input of MatMulNBits, for each row and block."""
-    return QuantSpec(qtype="int8", block=(1, block), divide="stored_inverse", scale="float32")
+    return QuantSpec(qtype="int8", block=(1, block), divide="reciprocal", scale="float32")
 
 
 def refuse_input(scheme: Scheme) -> str | None:
@@ -49,7 +49,7 @@ def refuse_input(scheme: Scheme) -> str | None:
     block = scheme.weight.block[1]
     want = level_4(block)
     if scheme.static or scheme.input != want:
-        said = f"qtype: int8, block: [1, {block}], range: absmax, divide: stored_inverse, scale: float32"
+        said = f"qtype: int8, block: [1, {block}], range: absmax, divide: reciprocal, scale: float32"
         return f"MatMulNBits rounds its input only by one formula (accuracy level 4), {{{said}}}; or leave it in float"
     if scheme.weight.type.bits == 2 and block not in (32, 64, 128):  # it computes in float there and does not say so
         return f"2-bit weights take rounded inputs in blocks of 32, 64 or 128 only, not {block}; use (1, 32)"

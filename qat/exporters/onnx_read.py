@@ -30,21 +30,23 @@ class _Reader:
         self.constants = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
 
     def frozen(self) -> Frozen:
-        out = Frozen({}, {}, config=self.told["config"])
+        floats: dict[str, Tensor] = {}
+        weights: dict[str, FrozenWeight] = {}
+        inputs: dict[str, FrozenInput] = {}
         for node in self.nodes:
             if node.op_type not in KINDS:
                 continue
             name = f"{node.name}.weight"
             weight = self.maker(node.input[1])
             if weight is None:
-                out.floats[name] = self.constants[node.input[1]]
+                floats[name] = self.constants[node.input[1]]
             else:
-                out.weights[name] = self.weight(name, weight, KINDS[node.op_type])
+                weights[name] = self.weight(name, weight, KINDS[node.op_type])
             if len(node.input) > 2:
-                out.floats[f"{node.name}.bias"] = self.bias(node)
+                floats[f"{node.name}.bias"] = self.bias(node)
             if node.name in self.told["inputs"]:
-                out.inputs[node.name] = self.input(node)
-        return out
+                inputs[node.name] = self.input(node)
+        return Frozen(weights, floats, inputs, config=self.told["config"])
 
     def maker(self, tensor: str) -> NodeProto | None:
         """The DequantizeLinear behind a tensor; None if there is none."""

@@ -32,27 +32,29 @@ class _Reader:
         self.views = {n.output[0]: n.input[0] for n in views if n.input[0] in self.constants}
 
     def frozen(self) -> Frozen:
-        out = Frozen({}, {}, config=self.told["config"], ties=self.told["ties"])
+        weights: dict[str, FrozenWeight] = {}
+        inputs: dict[str, FrozenInput] = {}
+        ties: dict[str, str] = self.told["ties"]
         used: dict[str, list[str]] = {}
         for node in self.nodes.values():
             sources = self.sources(node)
             if not sources:
                 continue
             module = node.name.removesuffix("/weight")
-            name = out.ties.get(f"{module}.weight", f"{module}.weight")
+            name = ties.get(f"{module}.weight", f"{module}.weight")
             if used.setdefault(name, sources)[:2] != sources[:2]:
                 raise VerifyError(f"{module}: it is tied to {name} but has codes or scales of its own")
             used[name] = max(used[name], sources, key=len)
-            out.weights[name] = self.weight(name, node, [self.constants[s] for s in sources])
+            weights[name] = self.weight(name, node, [self.constants[s] for s in sources])
             if (
                 node.op_type not in ("GatherBlockQuantized", "Gather")
                 and (given := self.input(module, node)) is not None
             ):
-                out.inputs[module] = given
+                inputs[module] = given
         parts = {part for sources in used.values() for part in sources}
-        parts |= {f"{module}.input.{part}" for module in out.inputs for part in ("scale", "zero_point")}
-        out.floats = {n: t for n, t in self.constants.items() if not n.startswith("/") and n not in parts}
-        return out
+        parts |= {f"{module}.input.{part}" for module in inputs for part in ("scale", "zero_point")}
+        floats = {n: t for n, t in self.constants.items() if not n.startswith("/") and n not in parts}
+        return Frozen(weights, floats, inputs, ties, self.told["config"])
 
     def sources(self, node: NodeProto) -> list[str]:
         """The initializers of codes, scales and zero points that a node uses; none if it uses no codes."""

@@ -6,6 +6,8 @@ Layout: torchao.prototype.safetensors, as of torchao 0.18.
 """
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
 from qat.exporters.hf_folder import (
     base_config,
@@ -36,7 +39,7 @@ INTX, INT8 = "IntxUnpackedToInt8Tensor", "Int8Tensor"
 PARTS = ["qdata", "scale", "zero_point"]
 # torchao's inputs, a grid for each token: Int8DynamicActivationIntx (8da4w) and Int8DynamicActivationInt8
 ASYMMETRIC = QuantSpec(qtype="int8", range="minmax", divide="stored_inverse", scale="float32", offset="zero_point")
-SYMMETRIC = QuantSpec(qtype="int8", range="absmax_half", divide="stored_inverse", scale="float32")
+SYMMETRIC = replace(ASYMMETRIC, range="absmax_half", offset=None, integer_dot=True)
 
 
 def missing_runtime() -> str | None:
@@ -84,14 +87,14 @@ def export(frozen: Frozen, path: Path) -> None:
         if why := refuse_scheme(scheme, frozen.config):
             raise UserError(f"{module}: {why}")
     dtype = float_dtype(frozen)
-    tensors = {n: t.contiguous() for n, t in frozen.floats.items()}
-    metadata = {n: json.dumps({"_type": "Tensor"}) for n in tensors}
+    metadata = {n: json.dumps({"_type": "Tensor"}) for n in frozen.floats}
     for name, w in frozen.weights.items():
-        module = name.removesuffix(".weight")
-        tensors |= _tensors(module, w, dtype)
-        metadata[name] = json.dumps(_metadata(w, frozen.inputs.get(module), dtype))
+        scale = w.tensor.scale
+        if not torch.equal(scale.to(_scales(w, dtype)).float(), scale.float()):
+            raise UserError(f"{name} has scales that {dtype} cannot hold: use scale 'portable'")
+        metadata[name] = json.dumps(_metadata(w, frozen.inputs.get(name.removesuffix(".weight")), dtype))
     metadata["tensor_names"] = json.dumps(sorted(metadata))
-    write(path, base_config(frozen) | described(frozen) | _config(frozen), tensors, frozen.tokenizer, metadata)
+    write(path, base_config(frozen) | described(frozen) | _config(frozen), frozen, _tensors, metadata)
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -101,15 +104,25 @@ def caveats(frozen: Frozen) -> list[str]:
     return []
 
 
-def _tensors(module: str, w: FrozenWeight, dtype: torch.dtype) -> dict[str, Tensor]:
-    q = w.tensor
+def _scales(w: FrozenWeight, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype a weight's scales are stored in a model of `dtype`."""
+    return torch.float32 if _is_int8(w.tensor.spec) else dtype
+
+
+def _tensors(frozen: Frozen) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the folder."""
+    yield from frozen.floats.items()
+    dtype = float_dtype(frozen)
+    for name, w in frozen.weights.items():
+        for part, tensor in zip(PARTS, _parts(w.tensor, _scales(w, dtype)), strict=True):
+            yield f"{name.removesuffix('weight')}_weight_{part}", tensor
+
+
+def _parts(q: QTensor, scales: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     shift = -(2 ** (q.spec.type.bits - 1)) - q.spec.type.qmin  # torchao's codes are signed
     zero = torch.zeros(q.scale.shape, dtype=torch.int8) if q.offset is None else (q.offset + shift).to(torch.int8)
-    scale = q.scale.to(torch.float32 if _is_int8(q.spec) else dtype)
-    if not torch.equal(scale.float(), q.scale.float()):
-        raise UserError(f"{module}.weight has scales that {dtype} cannot hold: use scale 'portable'")
-    codes = (q.codes.to(torch.int16) + shift).to(torch.int8)
-    return {f"{module}._weight_{k}": t for k, t in zip(PARTS, (codes, scale, zero), strict=True)}
+    codes = (q.codes.contiguous().view(torch.uint8) + shift % 256).view(torch.int8)  # uint8 wraps, as it should
+    return codes, q.scale.to(scales), zero
 
 
 def _type(dtype: torch.dtype | str) -> dict[str, str]:
@@ -217,7 +230,7 @@ def _weight(name: str, meta: dict[str, Any], tensors: dict[str, Tensor], said: Q
     bits = 8 if meta["_type"] == INT8 else int(data["target_dtype"]["_data"].removeprefix("int"))
     block = (1, -1) if data["block_size"][1] == codes.shape[1] else (1, data["block_size"][1])
     asymmetric = said.offset is not None if said else bool(zero.any())
-    kind = {"range": "minmax", "offset": "zero_point"} if asymmetric else {}
+    kind: dict[str, Any] = {"range": "minmax", "offset": "zero_point"} if asymmetric else {}
     spec = QuantSpec(qtype=f"int{bits}", block=block, scale=str(scale.dtype).removeprefix("torch."), **kind)
     half = 2 ** (bits - 1)
     return frozen_weight(codes.int() + half, scale, zero.int() + half if asymmetric else None, spec, said)

@@ -5,6 +5,7 @@ from typing import Self
 from torch import Tensor, nn
 
 from qat.kernels.block_sum import with_block_sums
+from qat.kernels.integer_dot import instead, integer_linear
 from qat.quantizers.base import FakeQuantize
 
 
@@ -17,6 +18,7 @@ class QuantLayer(nn.Module):
 
     kind: str
     weight: Tensor
+    bias: Tensor | None
     weight_quantizer: FakeQuantize | None
     input_quantizer: FakeQuantize | None
 
@@ -43,9 +45,20 @@ class QuantLayer(nn.Module):
         w = self.canonical(self.weight)
         return w if self.weight_quantizer is None else self.weight_quantizer(w)
 
-    def with_block_sums(self, out: Tensor, x: Tensor) -> Tensor:
-        """The output for the float input x as a runtime with rounded block sums has it (`QuantSpec.block_sum`)."""
+    def as_computed(self, out: Tensor, x: Tensor) -> Tensor:
+        """The output for the float input x in the runtime's own arithmetic, where the input's spec tells it apart.
+
+        Rounded block sums shift the output and count in training; an integer dot moves its last bit, so it is
+        computed in evaluation alone.
+        """
         taken, weight = self.input_quantizer, self.weight_quantizer
-        if taken is None or taken.spec.block_sum is None or not taken.enabled or weight is None:
+        if taken is None or weight is None or not (taken.enabled and weight.enabled):
             return out
-        return with_block_sums(out, x, taken.spec, weight.qparams(self.canonical(self.weight)).offset)
+        matrix = self.canonical(self.weight)
+        if taken.spec.block_sum is not None:
+            return with_block_sums(out, x, taken.spec, weight.qparams(matrix).offset)
+        if not taken.spec.integer_dot or self.training:
+            return out
+        q = weight.quantize(matrix)
+        grid = taken.qparams(x.reshape(-1, x.shape[-1]))
+        return instead(out, integer_linear(x, grid, taken.spec, q.codes, q.scale, self.bias))

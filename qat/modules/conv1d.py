@@ -20,4 +20,4 @@ class QuantConv1D(QuantLayer, Conv1D):  # pyright: ignore[reportIncompatibleVari
     def forward(self, x: Tensor) -> Tensor:
         x_hat = self.quantized_input(x)
         out = fake_linear(x_hat, self.weight, self.bias, self.weight_quantizer, transposed=True)
-        return self.with_block_sums(out, x)
+        return self.as_computed(out, x)

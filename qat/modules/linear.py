@@ -11,4 +11,4 @@ class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleV
 
     def forward(self, x: Tensor) -> Tensor:
         out = fake_linear(self.quantized_input(x), self.weight, self.bias, self.weight_quantizer)
-        return self.with_block_sums(out, x)
+        return self.as_computed(out, x)

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qat.affine import choose_qparams
+from qat.exporters.hf_layout import to_codes
+from qat.kernels.integer_dot import integer_linear
 from qat.packed.base import PackedLayer
 
 WHOLE = 2**24  # weights up to which a layer is multiplied in one piece; a larger one (an output head) goes in parts
@@ -18,6 +21,12 @@ class PackedLinear(PackedLayer):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
+        taken = self.input_spec
+        if taken is not None and taken.integer_dot and self.spec is not None:
+            codes = to_codes(self.weight, self.spec, self.cols)
+            grid = choose_qparams(x.reshape(-1, x.shape[-1]), taken)
+            assert self.weight_scale is not None
+            return integer_linear(x, grid, taken, codes, self.weight_scale, self.bias)
         x = self.quantized_input(x)
         if self.spec is None or self.rows * self.cols <= WHOLE:
             return F.linear(x, self.dense(x.dtype), self.bias)

@@ -59,7 +59,7 @@ def pack(model: nn.Module, frozen: Frozen) -> nn.Module:
     replace_layers(model, described)
     dtype = float_dtype(frozen)
     try:
-        left = model.to(dtype).load_state_dict(packed_tensors(frozen, plain=False), strict=False, assign=True)
+        left = model.to(dtype).load_state_dict(dict(packed_tensors(frozen, plain=False)), strict=False, assign=True)
     except RuntimeError as e:
         raise UserError(f"the model is not the one that was frozen: {e}") from e
     tie_layers(model, described)
@@ -82,7 +82,7 @@ def _source(path: Path | str | Frozen) -> Iterator[tuple[dict[str, Any], dict[st
         elif not (path / "config.json").is_file():
             raise UserError(f"{path} is no run, no frozen folder and no Hugging Face folder; give one of these")
     if isinstance(path, Frozen):
-        yield path.config, describe(path), packed_tensors(path, plain=False), None
+        yield path.config, describe(path), dict(packed_tensors(path, plain=False)), None
         return
     config, described = quantization(path)
     with ExitStack() as stack:

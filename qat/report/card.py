@@ -16,6 +16,9 @@ RUN = {
     "onnx": "python -c \"import onnxruntime as o; print(o.InferenceSession('model.onnx').get_inputs()[0])\"",
 }
 
+# llama.cpp's options for the KV cache that training simulated; its defaults are float16_flash
+CACHE = {"float16": " -fa off", "int8": " -fa on -ctk q8_0 -ctv q8_0"}
+
 _TRAINED = (
     "Weights were trained on the grid that this file stores: codes were decided once after training and packed "
     "unchanged."
@@ -81,5 +84,6 @@ def card(
     elif target in RUN:
         # what plain transformers cannot load says so among the caveats
         ours = target == "hf" and any("import qat" in line for line in lines)
-        lines += ["```", RUN[target].replace("{plugin}", "import qat; " if ours else ""), "```", ""]
+        options = CACHE.get(frozen.config.get("kv_cache", ""), "") if target == "gguf" else ""
+        lines += ["```", RUN[target].replace("{plugin}", "import qat; " if ours else "") + options, "```", ""]
     return "\n".join(lines)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from qat.errors import UserError
 
-# what each needs beside this environment's packages, in order; gptqmodel is built from its source (a minute)
+# what each needs beside this environment's packages, in order; gptqmodel is built from its source (a minute), which
+# takes a C compiler
 PACKAGES: dict[str, list[list[str]]] = {
     "gptqmodel": [
         ["setuptools>=84.2.1,<85"],
@@ -84,7 +85,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", choices=list(PACKAGES))
     for name in parser.parse_args().names:
-        print(f"{name}: {make(name)}")
+        try:
+            print(f"{name}: {make(name)}")
+        except UserError as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a pr
 _INSTALL = "llama.cpp is not installed: pip install xllamacpp (or put llama-server on PATH)"
 
 
-CACHES = {None: "f32", "float16": "f16"}  # kv_cache of the scheme -> llama.cpp's cache type
+# kv_cache of the scheme -> llama.cpp's cache type, and whether with flash attention
+CACHES = {None: ("f32", False), "float16": ("f16", False), "float16_flash": ("f16", True), "int8": ("q8_0", True)}
 
 
 def trained_cache(file: Path) -> str | None:
@@ -146,7 +147,7 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _binary(program: str, file: Path, n_ctx: int, cache: str) -> Iterator[_Server]:
+def _binary(program: str, file: Path, n_ctx: int, cache: str, flash: bool) -> Iterator[_Server]:
     """`llama-server` as a child process, killed at the end."""
     port = _free_port()
     options = {
@@ -159,7 +160,7 @@ def _binary(program: str, file: Path, n_ctx: int, cache: str) -> Iterator[_Serve
         "--n-gpu-layers": 0,
         "--cache-type-k": cache,
         "--cache-type-v": cache,
-        "--flash-attn": "off",
+        "--flash-attn": "on" if flash else "off",
     }
     command = [program, *(str(part) for pair in options.items() for part in pair), "--no-warmup"]
     with tempfile.TemporaryFile() as log:
@@ -183,7 +184,7 @@ def _binary(program: str, file: Path, n_ctx: int, cache: str) -> Iterator[_Serve
 
 
 @contextmanager
-def _wheel(file: Path, n_ctx: int, cache: str) -> Iterator[_Server]:
+def _wheel(file: Path, n_ctx: int, cache: str, flash: bool) -> Iterator[_Server]:
     """The server inside the `xllamacpp` wheel, in this process."""
     try:
         import xllamacpp
@@ -198,7 +199,8 @@ def _wheel(file: Path, n_ctx: int, cache: str) -> Iterator[_Server]:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.n_gpu_layers = 0
     params.cache_type_k = params.cache_type_v = getattr(x.ggml_type, f"GGML_TYPE_{cache.upper()}")
-    params.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    attention = f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if flash else 'DISABLED'}"
+    params.flash_attn_type = getattr(x.llama_flash_attn_type, attention)
     params.warmup = params.ui = False
     params.cache_ram_mib = 0
     params.verbosity = -1
@@ -213,8 +215,8 @@ def _wheel(file: Path, n_ctx: int, cache: str) -> Iterator[_Server]:
 @contextmanager
 def _serve(path: Path, n_ctx: int) -> Iterator[_Server]:
     program, file = shutil.which("llama-server"), _file(path)
-    cache = CACHES[trained_cache(file)]
-    with _binary(program, file, n_ctx, cache) if program else _wheel(file, n_ctx, cache) as server:
+    cache, flash = CACHES[trained_cache(file)]
+    with _binary(program, file, n_ctx, cache, flash) if program else _wheel(file, n_ctx, cache, flash) as server:
         server.ready()
         yield server
 

@@ -3,6 +3,7 @@
 Made with `python -m qat.runtimes.environments mlx`; this module runs there, on that environment's Python.
 """
 
+import json
 from functools import cache
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.models.positions import refuse_longer
 from qat.runtimes import main
 
 
@@ -67,6 +69,32 @@ def tokenize(path: Path, lines: list[str]) -> list[list[int]]:
     return [list(tokenizer.encode(line, add_special_tokens=False)) for line in lines]
 
 
+def complete(path: Path, request: str) -> str:
+    """Generated text. request: JSON with `prompt`, `n_predict`, `temperature` and `seed`. Raises UserError if the
+    prompt is empty, or with what follows does not fit into the model's positions; else as `score` does."""
+    import mlx.core as mx  # pyright: ignore[reportMissingImports]
+    from mlx_lm.generate import generate_step  # pyright: ignore[reportMissingImports]
+    from mlx_lm.sample_utils import make_sampler  # pyright: ignore[reportMissingImports]
+    from mlx_lm.tokenizer_utils import load  # pyright: ignore[reportMissingImports]
+
+    body = json.loads(request)
+    model, tokenizer = _model(path), load(path)
+    ids: list[int] = tokenizer.encode(body["prompt"], add_special_tokens=False)
+    if not ids:
+        raise UserError("the prompt holds no token of this model: give other text")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    refuse_longer("the prompt and the new tokens", len(ids) + body["n_predict"], config)
+    mx.random.seed(body.get("seed", 0))
+    made: list[int] = []
+    sampler = make_sampler(temp=body.get("temperature", 0))
+    for token, _ in generate_step(mx.array(ids), model, max_tokens=body["n_predict"], sampler=sampler):
+        if int(token) in tokenizer.eos_token_ids:
+            break
+        made.append(int(token))
+    before, after = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids, ids + made))
+    return after[len(before) :]
+
+
 def version(path: Path, _: Tensor | str | None = None) -> str:
     """Which mlx runs here, for the report."""
     return f"mlx {installed('mlx')} ({_device()}), mlx-lm {installed('mlx-lm')}"
@@ -79,4 +107,4 @@ def _device() -> str:
 
 
 if __name__ == "__main__":
-    main(logits, score, logprobs, tokenize, version)
+    main(logits, score, logprobs, tokenize, complete, version)

@@ -16,14 +16,14 @@ from qat.runtimes import main
 FILE = "model.onnx"
 
 
-def open_session(path: Path, optimized: Path | None = None):
-    """A session on the file (or folder with model.onnx), one thread. Raises UserError if onnxruntime is missing."""
+def open_session(path: Path, optimized: Path | None = None, threads: int = 1):
+    """A session on the file (or folder with model.onnx). Raises UserError if onnxruntime is missing."""
     try:
         import onnxruntime
     except ImportError as e:
         raise UserError("onnxruntime is not installed: pip install onnx onnxruntime") from e
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors: saving the optimized graph warns that it fits this machine only
     # x86 processors without VNNI add pairs of uint8 * int8 in 16 bits and saturate; this asks for exact kernels there
     options.add_session_config_entry("session.x64quantprecision", "1")

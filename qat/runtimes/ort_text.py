@@ -21,8 +21,8 @@ TOKENS = 2048  # scored at a time
 class Decoder:
     """A session on the file, and what its metadata say of the model."""
 
-    def __init__(self, path: Path) -> None:
-        self.session = open_session(path)
+    def __init__(self, path: Path, threads: int = 1) -> None:
+        self.session = open_session(path, threads=threads)
         inputs = self.session.get_inputs()
         if "input_ids" not in {i.name for i in inputs}:
             raise UserError(f"{path} is not a language model: it takes {', '.join(i.name for i in inputs)}")

@@ -48,6 +48,24 @@ def logprobs(model: Any, prompts: list[list[int]]) -> Tensor:
     return torch.stack([model(torch.tensor([p])).logits[0, -1].float().log_softmax(-1) for p in prompts])
 
 
+@torch.no_grad()
+def complete(model: Any, tokenizer: Any, body: dict[str, Any]) -> Tensor:
+    """The text that follows body["prompt"], as UTF-8 bytes (uint8): `n_predict` tokens at most, greedy unless
+    `temperature` is above 0."""
+    ids = tokenizer(body["prompt"], return_tensors="pt", add_special_tokens=False)["input_ids"]
+    heat = body.get("temperature", 0)
+    torch.manual_seed(body.get("seed", 0))
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=body["n_predict"],
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **({"do_sample": True, "temperature": heat} if heat > 0 else {"do_sample": False}),
+    )
+    before, after = (tokenizer.decode(row, skip_special_tokens=True) for row in (ids[0], out[0]))
+    return torch.tensor(list(after[len(before) :].encode()), dtype=torch.uint8)
+
+
 def main() -> None:
     folder, with_qat = sys.argv[1], "--with-qat" in sys.argv
     if with_qat:
@@ -63,7 +81,10 @@ def main() -> None:
         else:
             if model is None:
                 model = load(folder)
-            if request["call"] == "score":
+            if request["call"] == "complete":
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                answer = {"complete": complete(model, tokenizer, json.loads(request["argument"]))}
+            elif request["call"] == "score":
                 answer = {"score": score(model, load_file(request["argument"])["ids"])}
             else:
                 answer = {"logprobs": logprobs(model, request["argument"])}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.models.positions import refuse_longer
 from qat.progress import tell
 from qat.runtimes import main
 from qat.runtimes.environments import installed_in, interpreter
@@ -118,6 +119,18 @@ def tokenize(path: Path, lines: list[str]) -> list[list[int]]:
     return [row.tolist() for row in answer["tokenize"].split(answer["lengths"].tolist())]
 
 
+def complete(path: Path, request: str) -> str:
+    """Generated text. request: JSON with `prompt`, `n_predict`, `temperature` and `seed`. Raises UserError if the
+    prompt is empty, or with what follows does not fit into the model's positions; else as `score` does."""
+    body = json.loads(request)
+    (ids,) = tokenize(path, [body["prompt"]])
+    if not ids:
+        raise UserError("the prompt holds no token of this model: give other text")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    refuse_longer("the prompt and the new tokens", len(ids) + body["n_predict"], config)
+    return bytes(_process(path).ask("complete", request)["complete"].tolist()).decode()
+
+
 def version(path: Path, _: Tensor | str | None = None) -> str:
     """Which transformers runs here, and with what, for the report."""
     helper = HELPERS.get(method(path) or "")
@@ -129,4 +142,4 @@ def version(path: Path, _: Tensor | str | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main(score, logprobs, tokenize, version)
+    main(score, logprobs, tokenize, complete, version)

@@ -1,5 +1,6 @@
 """GPTQ and AWQ folders: an independent numpy decoder, gptqmodel's own, and transformers' reload in its environment."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from parity import PROMPTS, ROOT, differences, logits, rules, trained
 from prepared_models import INT4, NEGATIVE, ZERO, rule, tiny
 from safetensors.torch import load_file, save_file
+from tiny_text_models import byte_level_tokenizer, tokenizer_files
 from torch import Tensor
 
 from qat.auditing import audit
@@ -186,3 +188,23 @@ def test_gptqmodel_computes_what_was_trained(tmp_path: Path) -> None:
     assert "gptqmodel 7" in answer["version"]
     want = logits(models["symmetric"][0], 1)[0][-1].log_softmax(-1)
     assert (answer["logprobs"][0] - want).abs().max() <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+def test_text_is_generated_by_gptqmodel(target: str, tmp_path: Path) -> None:
+    try:
+        environments.interpreter("gptqmodel")
+    except UserError as e:
+        pytest.skip(str(e))
+    model, frozen = trained("llama", GRIDS["symmetric"][1])  # whose weights float16 holds
+    made, end = byte_level_tokenizer(), "<|endoftext|>"
+    files = tokenizer_files(made, bos_token=end, eos_token=end, unk_token=end)
+    path = export(dataclasses.replace(frozen, tokenizer=files), target, tmp_path / "out")
+    ids = torch.tensor([made.encode("def f").ids])
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    request = {"prompt": "def f", "n_predict": 8, "temperature": 0.0, "seed": 0}
+    got = run("transformers_folder", path, complete=json.dumps(request))["complete"]
+    assert got == made.decode(want[0, ids.shape[1] :].tolist())
+    with pytest.raises(UserError, match="more than the 64 positions"):
+        run("transformers_folder", path, complete=json.dumps({**request, "n_predict": 80}))

@@ -1,5 +1,6 @@
 """The mlx target: MLX's own dequantization and quantizer, and the whole model in mlx-lm's Linux CPU build."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from parity import PROMPTS, differences, rules, trained
 from prepared_models import ALL, INT4, ZERO, rule, tiny
 from safetensors.torch import load_file, save_file
+from tiny_text_models import byte_level_tokenizer, tokenizer_files
 
 from qat.affine import choose_qparams, dequantize, quantize
 from qat.auditing import audit
@@ -235,3 +237,19 @@ def test_the_runtime(ran: dict[str, Any]) -> None:
     assert (answer["score"] - want[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)).abs().max() <= 2e-5
     assert (answer["logprobs"] - last).abs().max() <= 2e-5
     assert answer["version"].startswith("mlx 0.")
+
+
+@pytest.mark.slow
+def test_text_is_generated_in_mlx(tmp_path: Path) -> None:
+    model, frozen = trained("llama", [rule(INT4)])
+    end = "<|endoftext|>"
+    made = byte_level_tokenizer()
+    files = tokenizer_files(made, bos_token=end, eos_token=end, unk_token=end)
+    path = export(dataclasses.replace(frozen, tokenizer=files), "mlx", tmp_path / "out")
+    ids = torch.tensor([made.encode("def f").ids])
+    want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    request = {"prompt": "def f", "n_predict": 8, "temperature": 0.0, "seed": 0}
+    assert run("mlx", path, complete=json.dumps(request))["complete"] == made.decode(want[0, ids.shape[1] :].tolist())
+    assert run("mlx", path, complete=json.dumps({**request, "temperature": 1.0}))["complete"]
+    with pytest.raises(UserError, match="more than the 64 positions"):
+        run("mlx", path, complete=json.dumps({**request, "n_predict": 80}))

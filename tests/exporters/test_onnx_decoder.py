@@ -179,7 +179,7 @@ def test_grids_that_the_operators_do_not_hold_are_refused_with_a_near_one(spec: 
 def test_inputs_that_the_operators_do_not_round_are_refused_at_the_audit() -> None:
     weight, two = GRIDS["int4"], QuantSpec(qtype="int2", block=(1, 16))
     for given, of, why in (
-        (replace(level_4(32), divide="stored"), weight, "divide: stored_inverse"),
+        (replace(level_4(32), divide="stored"), weight, "divide: reciprocal"),
         (level_4(16), weight, r"block: \[1, 32\]"),
         (level_4(16), two, "2-bit weights take rounded inputs in blocks of 32, 64 or 128"),
     ):

@@ -94,6 +94,16 @@ def test_quantized_inputs(inputs: str, weight: str | None) -> None:
         assert torch.equal(packed(IDS), model(IDS))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dot_of_integers(dtype: torch.dtype) -> None:
+    spec = QuantSpec(qtype="int8", scale="float32", integer_dot=True)
+    chosen = [Rule(path="linear|conv1d", scheme=Scheme(weight=GRIDS["int8 channel"], input=spec)), Rule()]
+    model = prepare(Net().to(dtype), chosen).eval()
+    packed = pack(Net().to(dtype), convert(model))
+    with torch.no_grad():
+        assert torch.equal(packed(IDS), model(IDS))
+
+
 def test_codes_take_exactly_their_bits() -> None:
     """4 bits a weight and 16 a scale of 32 weights, and nothing of the float weight is left."""
     frozen = convert(prepare(Net(), rules(GRIDS["int4"])))

@@ -17,7 +17,7 @@ from qat.recipes import CONFIGS
 from qat.runtimes import llama_cpp
 
 pytest.importorskip("xllamacpp")
-SCHEMES = ["q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "tq2_0"]
+SCHEMES = ["q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q4_k_m", "tq2_0"]
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", WIDE),
@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**WIDE, "query_pre_attn_scalar": 64}),
     "gemma3": ("gemma3_text", {**WIDE, "query_pre_attn_scalar": 64}),
     "phi": ("phi", {"hidden_size": 256, "intermediate_size": 512}),
+    "phi 96": ("phi", {"hidden_size": 384, "intermediate_size": 512}),  # heads that are not rotated
     "phi3": ("phi3", WIDE),
     "gpt_neox": ("gpt_neox", {"hidden_size": 256, "intermediate_size": 512}),  # GELU by erf, trained as the table's
 }
@@ -63,11 +64,19 @@ def last(net: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, float]:
     ("name", "model", "kv_cache"),
     [
         *((name, "llama", None) for name in SCHEMES),
+        pytest.param("q6_k", "llama", None, marks=pytest.mark.slow),
         ("q8_0", "qwen3 tied", None),
         ("q4_k", "qwen3 tied", None),
         ("q4_0", "gpt2", None),
         ("q4_0", "llama", "float16"),
         ("q4_0", "gpt2", "float16"),
+        ("q4_0", "llama", "int8"),
+        ("q4_0", "llama", "float16_flash"),
+        *(
+            pytest.param(name, model, kind, marks=pytest.mark.slow)
+            for kind in ("int8", "float16_flash")
+            for name, model in (("q8_0", "llama"), ("q4_0", "gpt2"), ("q4_0", "gemma2"), ("q4_0", "phi 96"))
+        ),
         *(("q4_0", m, None) for m in ("gemma", "gemma2", "gemma3", "phi", "phi3", "gpt_neox")),
     ],
 )

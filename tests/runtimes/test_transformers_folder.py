@@ -1,6 +1,7 @@
 """Transformers as a runtime: both kinds of folder give, in a process of their own, what the trained model computes."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,10 @@ def test_scores_are_those_of_the_trained_model(kind: str, rules: list, method: s
     assert transformers_folder.method(path) == method
     lines = ["the quick brown fox", "", "naïve"]
     seen: list[tuple[int, int]] = []
+    asked = json.dumps({"prompt": "the fox", "n_predict": 6, "temperature": 0.0, "seed": 0})
+    prompts = [[3, 4], [5, 6, 7]]
     with follow(lambda done, total: seen.append((done, total))):
-        got = run("transformers_folder", path, score=IDS, logprobs=[[3, 4], [5, 6, 7]], tokenize=lines, version="")
+        got = run("transformers_folder", path, score=IDS, logprobs=prompts, tokenize=lines, complete=asked, version="")
     assert seen == [(0, 1)]  # told by the process behind the runtime's own
     with torch.no_grad():
         want = model(IDS).logits.log_softmax(-1)
@@ -34,6 +37,9 @@ def test_scores_are_those_of_the_trained_model(kind: str, rules: list, method: s
         last = [model(torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in ([3, 4], [5, 6, 7])]
     assert torch.equal(got["logprobs"], torch.stack(last))
     assert got["tokenize"] == [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    ids = tokenizer("the fox", return_tensors="pt")["input_ids"]
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert got["complete"] == tokenizer.decode(made[0], skip_special_tokens=True).removeprefix("the fox")
     assert got["version"].startswith("transformers ")
 
 

@@ -1,0 +1,132 @@
+"""Tensors in and out of a safetensors file one at a time: what is written or read is in memory while it is in use.
+
+The library writes from a dict of every tensor. `Writer` makes the same bytes (https://github.com/huggingface/safetensors,
+"Format") from a header that is known before, so that the tensors may come one by one.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Self, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+T = TypeVar("T")
+Info = tuple[torch.dtype, tuple[int, ...]]
+
+NAMES = {  # in the order of the library, which stores the widest first and equals by name
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = {dtype: rank for rank, dtype in enumerate(NAMES)}
+
+
+class Later(Mapping[str, T]):
+    """Values by name that are made when they are asked for, each time anew, so that none stays in memory."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], T]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+def stored(file: Path) -> Later[Tensor]:
+    """The tensors of a file, each mapped when it is asked for and let go with its last reference; the file must stay.
+
+    Raises SafetensorError or OSError for a file that is damaged.
+    """
+    with safe_open(file, "pt") as f:
+        names = list(f.keys())
+
+    def read(name: str) -> Tensor:
+        with safe_open(file, "pt") as f:
+            return f.get_tensor(name)
+
+    return Later(names, read)
+
+
+def info(tensor: Tensor) -> Info:
+    """What the header says of a tensor, which may be one without storage."""
+    return tensor.dtype, tuple(tensor.shape)
+
+
+def nbytes(said: Info) -> int:
+    """Bytes of a tensor."""
+    return said[0].itemsize * torch.Size(said[1]).numel()
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Writer:
+    """A file whose tensors are `infos`; `put` takes them in any order. metadata: of the header."""
+
+    def __init__(self, path: Path, infos: Mapping[str, Info], metadata: dict[str, str] | None = None) -> None:
+        header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+        self.infos = infos
+        self.places: dict[str, int] = {}
+        end = 0
+        for name in sorted(infos, key=lambda n: (_ORDER[infos[n][0]], n)):
+            (dtype, shape), start = infos[name], end
+            end += nbytes(infos[name])
+            self.places[name] = start
+            header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.start = 8 + len(text)
+        self.file = path.open("wb")
+        self.file.write(len(text).to_bytes(8, "little") + text)
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Raises ValueError for a tensor that is not as announced."""
+        if info(tensor) != self.infos[name]:
+            raise ValueError(f"{name} is {info(tensor)} and was announced as {self.infos[name]}")
+        self.file.seek(self.start + self.places.pop(name))
+        self.file.write(raw(tensor))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Raises ValueError if a tensor is missing."""
+        self.file.close()
+        if self.places and error is None:
+            raise ValueError(f"{next(iter(self.places))} was announced and did not come")
+
+
+def write(path: Path, infos: Mapping[str, Info], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write one file from tensors that come one by one. Raises ValueError as `Writer` does."""
+    with Writer(path, infos) as writer:
+        for name, tensor in tensors:
+            writer.put(name, tensor)
