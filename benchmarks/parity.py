@@ -170,7 +170,7 @@ def main() -> None:
     order = [(*pair, name) for pair in targets([]) for name in models]
     since = time.monotonic()
     for found, seconds in measured(keys, args.jobs):
-        print(table.line(found.cells), f"{seconds:.1f} s", flush=True)
+        print(table.line(found.cells), found.reason, f"{seconds:.1f} s", flush=True)
         if args.write or not args.targets:
             table.write([found], order)
     print(f"{len(keys)} rows in {time.monotonic() - since:.0f} s")

@@ -17,7 +17,7 @@ START, END = "<!-- rows -->", "<!-- end of rows -->"
 FILE = Path(__file__).parents[1] / "docs/parity.md"
 FLOAT, SHARE, PERPLEXITY = 2e-6, 1 / 3, 5e-4
 HALF = 6.4e-4  # gptqmodel multiplies code and scale in float16, docs/hugging_face.md
-SHORT = {"Conv1D": "Linear only", "is not divisible by block": "shape"}
+SHORT = {"Conv1D": "Linear only", "is not divisible by block": "shape", "this model's heads have": "head size"}
 
 
 class Row(NamedTuple):
