@@ -21,7 +21,7 @@ from qat.exporters.gguf_models import same_model
 from qat.files import read_manifest
 from qat.frozen import Frozen
 from qat.rescue import float_original, is_ours, source
-from qat.rescue_gguf import tokenizer_difference
+from qat.rescue_gguf import tokenizer_difference, vocabulary_difference
 from qat.runtimes import run
 from qat.tokenizer_diagnosis import HARD_LINES
 from qat.tokenizer_diagnosis import difference as tokenizers
@@ -73,8 +73,12 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
                 frozen = replace(frozen, config={**frozen.config, "model_type": kind})
             compare(written, as_held(module, frozen), verdict, whole_config=whole, same_files=of != "gguf")
         verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
-        if both_gguf and (why := tokenizer_difference(gguf_file(path), gguf_file(base))):
-            verdict.differences.append(why)
+        why = None
+        if both_gguf:
+            why = tokenizer_difference(gguf_file(path), gguf_file(base))
+        elif target == "gguf":
+            why = vocabulary_difference(gguf_file(path), frozen.tokenizer)
+        verdict.differences += [why] if why else []
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
     if runtime and not verdict.differences and "worst_sqnr" not in verdict.figures:
@@ -105,6 +109,8 @@ def compare(
     codes = weights = True
     for name, want in frozen.weights.items():
         have = written.weights.get(name)
+        if have is not None and diagnosis.identical(have, want):
+            continue
         if have is None:
             verdict.differences.append(f"{name} is quantized in the frozen model but not in the file")
             codes = weights = False
