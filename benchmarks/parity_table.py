@@ -11,7 +11,7 @@ from qat.files import atomic_file
 
 COLUMNS = (
     *("target", "export", "model", "misses", "codes, weights", "logits: median", "within 2e-6", "spread"),
-    *("perplexity", "in the runtime", "greedy", "runtime", "measured"),
+    *("perplexity", "in the runtime", "greedy", "runtime", "measured", "cause"),
 )
 START, END = "<!-- rows -->", "<!-- end of rows -->"
 FILE = Path(__file__).parents[1] / "docs/parity.md"
@@ -31,16 +31,19 @@ class Row(NamedTuple):
         return tuple(self.cells[:3])
 
 
-def misses(*, equal: bool, error: Tensor, spread: float, rounded: bool, half: bool, ratio: float) -> str:
-    """Which bounds a row misses. error: of the logits [prompts], in the largest; ratio: runtime's perplexity to ours.
+def misses(
+    *, equal: bool, error: Tensor, spread: float, rounded: bool, half: bool, ratio: float, text: bool = True
+) -> str:
+    """Which bounds a row misses. error: of the logits [prompts], in the largest; ratio: runtime's perplexity to ours;
+    text: whether the greedy text is the runtime's, up to a step within the spread.
 
     rounded: activations are, so that one flipped code decorrelates all that follows; half: a float16 runtime.
     """
     if rounded:
-        logits = float((error <= FLOAT).float().mean()) >= SHARE and float(error.median()) <= max(FLOAT, spread)
+        logits = float((error <= FLOAT).float().mean()) >= SHARE and float(error.median()) <= spread
     else:
         logits = float(error.max()) <= (HALF if half else FLOAT)
-    met = {"codes": equal, "logits": logits, "perplexity": abs(ratio - 1) <= PERPLEXITY}
+    met = {"codes": equal, "logits": logits, "perplexity": abs(ratio - 1) <= PERPLEXITY, "greedy": text}
     return ", ".join(f"**{name}**" for name, ok in met.items() if not ok) or "none"
 
 
@@ -48,7 +51,7 @@ def without_figures(key: list[str], verb: str, reason: str) -> Row:
     """The row of what was refused, or not run; the table says why in a word or two, its notes at length."""
     reason = " ".join(reason.replace("`", "'").split())
     word = next((f": {short}" for sign, short in SHORT.items() if verb == "refused" and sign in reason), "")
-    return Row([*key, "", verb + word, *[""] * 7, str(date.today())], reason)
+    return Row([*key, "", verb + word, *[""] * 7, str(date.today()), ""], reason)
 
 
 def line(cells: tuple[str, ...] | list[str]) -> str:

@@ -26,6 +26,8 @@ EMPTY = f"# Parity\nby hand\n\n{table.START}\n{table.END}\nmore by hand\n"
         ({"error": FLIPPED, "rounded": True}, "**logits**"),
         ({"error": FLIPPED.roll(1)[:48], "rounded": True, "spread": 2e-3}, "none"),
         ({"error": FLIPPED[1:], "rounded": True, "spread": 2e-3}, "**logits**"),
+        ({"error": torch.full((50,), 1e-6), "rounded": True}, "**logits**"),
+        ({"text": False}, "**greedy**"),
         ({"ratio": 1.0004, "error": torch.full((50,), 1.0)}, "**logits**"),
         ({"ratio": 0.9994, "equal": False}, "**codes**, **perplexity**"),
     ],
