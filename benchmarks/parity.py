@@ -33,7 +33,7 @@ import qat
 from qat import evaluation, runtimes
 from qat.conversion import calibrate
 from qat.errors import UserError, VerifyError
-from qat.exporters import export, target_module
+from qat.exporters import export, runtime_of, target_module
 from qat.models.load import EMBEDDED
 from qat.recipes import CONFIGS
 from qat.verification import verify
@@ -98,7 +98,7 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
         path = export(frozen, exporter, run_dir / "export")
         found = verify(path, against=run_dir / "frozen", runtime=False)
         ids = answers["input_ids"]
-        got = runtimes.run(module.RUNTIME, path, score=ids, logprobs=prompts + prefixes, version="")
+        got = runtimes.run(runtime_of(exporter, path), path, score=ids, logprobs=prompts + prefixes, version="")
     equal = not found.differences
     held = "logits only: a compiled .pte cannot be read back" if hasattr(module, "UNREADABLE") else "equal"
     trained = evaluation.figures(answers)["perplexity"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat import diagnosis, evaluation
 from qat.errors import UserError
-from qat.exporters import as_held, identify, made_of_others, read_any, target_module
+from qat.exporters import as_held, identify, made_of_others, read_any, runtime_of, target_module
 from qat.exporters.gguf import gguf_file
 from qat.exporters.gguf_models import same_model
 from qat.files import read_manifest
@@ -82,7 +82,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         if runtime and not verdict.differences:
             _tokenizer(path, module, frozen, base, verdict)
     if runtime and not verdict.differences and "worst_sqnr" not in verdict.figures:
-        _run(path, module.RUNTIME, base, verdict)
+        _run(path, runtime_of(target, path), base, verdict)
     return verdict
 
 
@@ -198,7 +198,7 @@ def _tokenizer(path: Path, module: ModuleType, frozen: Frozen, base: Path, verdi
 
     Of another tool's checkpoint there are the hard ones alone; if it is a GGUF file, llama.cpp is asked about it too.
     """
-    asked = [(module.RUNTIME, path)]
+    asked = [(runtime_of(verdict.target, path), path)]
     if is_ours(base):
         if not (base / "evaluation.safetensors").is_file():
             return

@@ -3,9 +3,9 @@
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
 one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
 `refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `refuse_values` (the very scales of
-one), `KV_CACHES` (that its runtime can be told to keep), `stored_dtype` (of unquantized parameters), `as_held` (a
-Frozen as the file can say it), `caveats` and `UNREADABLE` (why its file cannot be read back) are for targets that have
-something to say there.
+one), `KV_CACHES` (that its runtime can be told to keep), `runtime` (another than RUNTIME for some of its files),
+`stored_dtype` (of unquantized parameters), `as_held` (a Frozen as the file can say it), `caveats` and `UNREADABLE` (why
+its file cannot be read back) are for targets that have something to say there.
 """
 
 from importlib import import_module
@@ -29,6 +29,12 @@ def target_module(target: str) -> ModuleType:
     if target not in targets():
         raise UserError(f"there is no export target {target!r}; there are {', '.join(targets())}")
     return import_module(f"qat.exporters.{target}")
+
+
+def runtime_of(target: str, path: Path) -> str:
+    """The file of qat/runtimes that runs the export at `path`: the target's RUNTIME, unless it chooses file by file."""
+    module = target_module(target)
+    return getattr(module, "runtime", lambda _: module.RUNTIME)(path)
 
 
 def refuse_missing_runtimes(names: list[str]) -> None:

@@ -92,6 +92,13 @@ def caveats(frozen: Frozen) -> list[str]:
     return out
 
 
+def for_vllm(found: dict[str, Any]) -> bool:
+    """Whether a `quantization_config` is of inputs as well: integer layers, which vLLM computes and transformers does
+    not; it rounds inputs on a formula of its own, and multiplies floats."""
+    groups = found.get("config_groups") or {}
+    return found.get("quant_method") == METHOD and any(g.get("input_activations") for g in groups.values())
+
+
 def tensors(name: str, w: FrozenWeight, given: FrozenInput | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors to store for one weight and its layer's input, under the library's names.
 

@@ -28,10 +28,20 @@ from qat.exporters.hf_folder import (
 )
 from qat.exporters.hf_layout import decode, describe, encode, encode_input, matrix
 from qat.frozen import Frozen, FrozenInput
+from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec
 
 RUNTIME = "transformers_folder"
 WHOLE_CONFIG = True  # config.json keeps every key of the frozen model's
+
+
+def runtime(path: Path) -> str:
+    """vLLM for a folder on vLLM's formulas, where its environment has been made; else transformers.
+
+    Raises UserError if `path` is no Hugging Face folder.
+    """
+    found = read_config(path).get("quantization_config") or {}
+    return "vllm" if compressed_tensors.for_vllm(found) and missing_environment("vllm") is None else RUNTIME
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

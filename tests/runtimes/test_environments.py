@@ -45,4 +45,4 @@ def test_one_is_made_on_top_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None
         environments.make("bare")
     assert not path.exists()
     with pytest.raises(UserError, match="there are gptqmodel, mlx"):
-        environments.make("vllm")
+        environments.make("no-such")
