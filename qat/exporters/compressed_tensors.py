@@ -18,6 +18,8 @@ from qat.scheme import QuantSpec
 METHOD = "compressed-tensors"
 # vLLM's dynamic tokens: scale max|x| / 127, codes rne(x * (127 / max|x|)), in float32 (its int8 quantization kernels)
 TOKEN = QuantSpec(qtype="int8", block=(1, -1), divide="reciprocal", scale="float32")
+# beside int4 weights its one kernel (torch's _dyn_quant_matmul_4bit) takes each token's range, with a zero point
+RANGE = QuantSpec(qtype="int8", block=(1, -1), range="minmax", scale="float32", offset="zero_point")
 TENSOR = QuantSpec(qtype="int8", block=(-1, -1))  # one static scale: rne(clamp(x / scale)); its stored dtype is free
 
 
@@ -67,8 +69,10 @@ def _input(given: FrozenInput, weight: QuantSpec, dtype: torch.dtype) -> str | N
         return None if _holds(given.scale, dtype) else f"has an input scale that {dtype} cannot hold"
     if weight.type.bits not in (4, 8) or (weight.type.bits == 8 and not channel):
         return "has a dynamic input, which goes with int4 weights or int8 ones with one scale a channel"
-    if given.spec != TOKEN:
-        return f"has an input on grid {given.spec.label()}, {given.spec.divide}; {TOKEN.label()}, reciprocal is vLLM's"
+    theirs = TOKEN if weight.type.bits == 8 else RANGE
+    if given.spec != theirs:
+        said = f"has an input on grid {given.spec.label()}, {given.spec.divide}"
+        return f"{said}; {theirs.label()}, {theirs.divide} is vLLM's"
     return None
 
 
@@ -79,7 +83,7 @@ def _holds(scale: Tensor, dtype: torch.dtype) -> bool:
 def caveats(frozen: Frozen) -> list[str]:
     """What transformers does with such a folder that vLLM does not."""
     out: list[str] = []
-    if any(not i.static for i in frozen.inputs.values()):
+    if any(i.spec == TOKEN for i in frozen.inputs.values()):
         out.append(
             "transformers' compressed-tensors path takes max|x| / 127.5 as a token's scale; training followed vLLM's "
             "max|x| / 127, so figures from transformers are off by that. vLLM was not run"
@@ -93,10 +97,10 @@ def caveats(frozen: Frozen) -> list[str]:
 
 
 def for_vllm(found: dict[str, Any]) -> bool:
-    """Whether a `quantization_config` is of inputs as well: integer layers, which vLLM computes and transformers does
-    not; it rounds inputs on a formula of its own, and multiplies floats."""
-    groups = found.get("config_groups") or {}
-    return found.get("quant_method") == METHOD and any(g.get("input_activations") for g in groups.values())
+    """Whether a `quantization_config` rounds the inputs of all its layers on one grid: vLLM computes these in integers,
+    transformers in floats, dynamic int8 on another formula. (vLLM fuses layers, whose grids must be the same.)"""
+    groups = list((found.get("config_groups") or {}).values())
+    return found.get("quant_method") == METHOD and len(groups) == 1 and bool(groups[0].get("input_activations"))
 
 
 def tensors(name: str, w: FrozenWeight, given: FrozenInput | None, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -152,13 +156,16 @@ def describe(frozen: Frozen) -> dict[str, Any]:
 
 
 def _grid(frozen: Frozen, name: str) -> tuple[int, int, bool, str]:
-    """Of one weight: bits, group size or -1, whether it is symmetric, the strategy of its input or ""."""
+    """Of one weight: bits, group size or -1, whether it is symmetric, the strategy of its input ("range": of tokens
+    with zero points) or ""."""
     spec, given = frozen.weights[name].tensor.spec, frozen.inputs.get(name.removesuffix(".weight"))
-    taken = "" if given is None else "tensor" if given.static else "token"
+    taken = "" if given is None else "tensor" if given.static else "token" if given.spec == TOKEN else "range"
     return spec.type.bits, spec.block[1], spec.offset is None, taken
 
 
 def _activations(taken: str) -> dict[str, Any] | None:
     if not taken:
         return None
-    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": taken, "dynamic": taken == "token"}
+    strategy = "tensor" if taken == "tensor" else "token"
+    told = {"symmetric": taken != "range", "strategy": strategy, "dynamic": strategy == "token"}
+    return {"num_bits": 8, "type": "int", **told}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.exporters.compressed_tensors import TENSOR, TOKEN
+from qat.exporters.compressed_tensors import RANGE, TENSOR, TOKEN
 from qat.exporters.hf_layout import narrow, to_words
 from qat.scheme import STORED, QuantSpec
 
@@ -108,9 +108,9 @@ def _weight_spec(w: dict[str, Any], name: str, scale: str) -> QuantSpec:
 
 
 def _input_spec(a: dict[str, Any], module: str, scale: torch.dtype | None) -> QuantSpec:
-    if a["type"] == "int" and a["num_bits"] == 8 and a["symmetric"]:
+    if a["type"] == "int" and a["num_bits"] == 8:
         if a["strategy"] == "token" and a["dynamic"]:
-            return TOKEN
-        if a["strategy"] == "tensor" and not a["dynamic"] and scale is not None:
+            return TOKEN if a["symmetric"] else RANGE
+        if a["symmetric"] and a["strategy"] == "tensor" and not a["dynamic"] and scale is not None:
             return replace(TENSOR, scale=str(scale).removeprefix("torch."))
-    raise UserError(f"{module}: only symmetric int8 inputs, dynamic by token or static by tensor, can be read")
+    raise UserError(f"{module}: only int8 inputs, dynamic by token or symmetric and static by tensor, can be read")

@@ -8,7 +8,7 @@ from prepared_models import IDS, INT4, ZERO, rule, tiny
 
 from qat.conversion import calibrate, convert, prepare
 from qat.exporters import export, runtime_of
-from qat.exporters.compressed_tensors import TENSOR, TOKEN
+from qat.exporters.compressed_tensors import RANGE, TENSOR, TOKEN
 from qat.runtimes import environments
 from qat.scheme import QuantSpec
 
@@ -17,7 +17,7 @@ STATIC = rule(CHANNEL, input=TENSOR, static=True)
 RUNTIMES = {
     "w8a8": ("vllm", rule(CHANNEL, input=TOKEN)),
     "w8a8_static": ("vllm", STATIC),
-    "w4a8": ("vllm", rule(INT4, input=TOKEN)),
+    "w4a8": ("vllm", rule(INT4, input=RANGE)),
     "w8a16": ("transformers_folder", rule(CHANNEL)),
     "asymmetric": ("transformers_folder", rule(ZERO)),
     "quant_method qat": ("transformers_folder", rule(CHANNEL, input=replace(TOKEN, divide="stored"))),
