@@ -98,7 +98,8 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
         path = export(frozen, exporter, run_dir / "export")
         found = verify(path, against=run_dir / "frozen", runtime=False)
         ids = answers["input_ids"]
-        got = runtimes.run(runtime_of(exporter, path), path, score=ids, logprobs=prompts + prefixes, version="")
+        runtime = runtime_of(exporter, path)
+        got = runtimes.run(runtime, path, score=ids, logprobs=prompts + prefixes, version="")
     equal = not found.differences
     held = "logits only: a compiled .pte cannot be read back" if hasattr(module, "UNREADABLE") else "equal"
     trained = evaluation.figures(answers)["perplexity"]
@@ -113,7 +114,7 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
         equal=equal, error=error, spread=bound, rounded=rounded, half=half, ratio=there / trained, text=text_equal
     )
     theirs = None
-    if other := as_transformers(net, target, exporter):
+    if other := as_transformers(net, target, runtime):
         theirs = (got["logprobs"][:PROMPTS] - last(other, prompts)[0]).abs().amax(-1) / largest
     return [
         missed,

@@ -17,7 +17,6 @@ CAUSES = {
 TRACED = {
     ("portable_int4", "gguf"),
     ("portable_int8", "gguf"),
-    ("vllm_w4a8", "hf"),
     ("vllm_w8a8", "hf"),
     ("awq_int4", "awq"),
     ("gptq_int4", "gptq"),
@@ -26,10 +25,10 @@ TRACED = {
 }
 
 
-def as_transformers(net: Any, target: str, exporter: str) -> nn.Module | None:
+def as_transformers(net: Any, target: str, runtime: str) -> nn.Module | None:
     """The simulation with the formula by which transformers rounds tokens in place of vLLM's, where a target asks
     for vLLM's and its folder is run in transformers; None elsewhere."""
-    if exporter != "hf" or target not in ("vllm_w4a8", "vllm_w8a8"):
+    if runtime != "transformers_folder" or target != "vllm_w8a8":
         return None
     other = copy.deepcopy(net)
     for module in other.modules():
@@ -45,7 +44,7 @@ def cause(target: str, exporter: str, missed: str, theirs: Tensor | None, error:
     """
     if missed == "none":
         return ""
-    if (target, exporter) in TRACED:
+    if (target, exporter) in TRACED and (exporter != "hf" or theirs is not None):
         figure = "" if theirs is None else f"; with that formula simulated the largest error is {theirs.max():.1e}"
         return CAUSES[exporter] + figure
     within = float((error <= FLOAT).float().mean()) >= SHARE and float(error.median()) <= widest

@@ -73,10 +73,12 @@ def test_causes(target: str, exporter: str, missed: str, said: str) -> None:
 
 def test_the_formula_of_transformers_takes_vllms_place() -> None:
     model = net()
-    other = as_transformers(model, "vllm_w8a8", "hf")
+    other = as_transformers(model, "vllm_w8a8", "transformers_folder")
     assert other is not None
     x = torch.tensor([[-1.0, 0.5, 127.0]])
     assert other[0].input_quantizer.qparams(x).scale.item() == pytest.approx(127 / 127.5)  # type: ignore[index]
     assert model[0].input_quantizer.qparams(x).scale.item() == 1.0  # type: ignore[union-attr]
-    assert as_transformers(model, "vllm_w8a8_static", "hf") is None
+    assert as_transformers(model, "vllm_w8a8_static", "transformers_folder") is None
+    assert as_transformers(model, "vllm_w8a8", "vllm") is None
+    assert cause("vllm_w8a8", "hf", "**greedy**", None, x, 1.0) == "not traced"
     assert "largest error is 3.0e-07" in cause("vllm_w8a8", "hf", "**logits**", torch.tensor([3e-7]), x, 1.0)

@@ -86,12 +86,12 @@ def caveats(frozen: Frozen) -> list[str]:
     if any(i.spec == TOKEN for i in frozen.inputs.values()):
         out.append(
             "transformers' compressed-tensors path takes max|x| / 127.5 as a token's scale; training followed vLLM's "
-            "max|x| / 127, so figures from transformers are off by that. vLLM was not run"
+            "max|x| / 127, so figures from transformers are off by that"
         )
     if any(w.tensor.spec.offset for w in frozen.weights.values()):
         out.append(
             "transformers loads asymmetric weights only with quantization_config=CompressedTensorsConfig("
-            "dequantize=True), then exactly. vLLM was not run"
+            "dequantize=True), then exactly"
         )
     return out
 

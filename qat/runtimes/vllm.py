@@ -35,7 +35,7 @@ SETTINGS = {
 def _model(path: Path) -> Any:
     os.environ.update(SETTINGS)
     try:
-        from vllm import LLM  # pyright: ignore[reportMissingImports]
+        from vllm import LLM  # pyright: ignore[reportAttributeAccessIssue]
     except ImportError as e:
         raise UserError(f"vllm cannot be imported ({e}): python -m qat.runtimes.environments vllm") from e
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def _run(path: Path, rows: list[list[int]], **asked: Any) -> list[Any]:
     if too_long := max((len(row) for row in rows if len(row) > LENGTH), default=0):
         raise UserError(f"a text of {too_long} tokens: vLLM is set up for {LENGTH} here; score shorter ones")
     model = _model(path)
-    from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm import SamplingParams  # pyright: ignore[reportAttributeAccessIssue]
 
     how = SamplingParams(max_tokens=1, temperature=0, detokenize=False, flat_logprobs=True, **asked)
     try:
@@ -97,7 +97,7 @@ def logprobs(path: Path, prompts: list[list[int]]) -> Tensor:
 def tokenize(path: Path, lines: list[str]) -> list[list[int]]:
     """The folder's tokenizer, as vLLM loads it, on each line; no special tokens added."""
     os.environ.update(SETTINGS)
-    from vllm.tokenizers import get_tokenizer  # pyright: ignore[reportMissingImports]
+    from vllm.tokenizers import get_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
 
     tokenizer = get_tokenizer(str(path))
     return [list(tokenizer.encode(line, add_special_tokens=False)) for line in lines]
