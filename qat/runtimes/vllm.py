@@ -97,7 +97,7 @@ def logprobs(path: Path, prompts: list[list[int]]) -> Tensor:
 def tokenize(path: Path, lines: list[str]) -> list[list[int]]:
     """The folder's tokenizer, as vLLM loads it, on each line; no special tokens added."""
     os.environ.update(SETTINGS)
-    from vllm.tokenizers import get_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    from vllm.tokenizers import get_tokenizer  # pyright: ignore[reportMissingImports]
 
     tokenizer = get_tokenizer(str(path))
     return [list(tokenizer.encode(line, add_special_tokens=False)) for line in lines]
