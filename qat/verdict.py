@@ -5,6 +5,8 @@ from typing import Any
 
 from qat.errors import VerifyError
 
+NOT_RUN = "not run: "  # how a line of `unchecked` about a runtime that could not be started begins
+
 
 @dataclass
 class Verdict:
@@ -42,4 +44,4 @@ class Verdict:
             out.append(
                 f"  {f['runtime']}: loss {f['loss']:.6f}, {quality}, largest difference {f['max_logit_diff']:.2g}"
             )
-        return out + [f"  not checked: {u}" for u in self.unchecked]
+        return out + [f"  {'' if u.startswith(NOT_RUN) else 'not checked: '}{u}" for u in self.unchecked]

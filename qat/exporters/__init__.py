@@ -134,6 +134,10 @@ def _method(folder: Path) -> str:
     """The target that a Hugging Face folder's quantization names; "" without one."""
     try:
         config = import_module("qat.exporters.hf_folder").read_config(folder)
-        return "mlx" if "quantization" in config else (config.get("quantization_config") or {}).get("quant_method", "")
+        found = config.get("quantization_config") or {}
+        if "quantization" in config:
+            return "mlx"
+        old = found.get("checkpoint_format", found.get("format", "gptq")) == "gptq"
+        return "gptq_v1" if found.get("quant_method") == "gptq" and old else found.get("quant_method", "")
     except (UserError, AttributeError, TypeError):
         return ""

@@ -4,6 +4,7 @@ Codes and stored scales are packed as they are; norms, biases, positions and unq
 """
 
 import math
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,9 +44,11 @@ __all__ = [
     "RUNTIME",
     "as_held",
     "export",
+    "header",
     "known_difference",
     "missing_runtime",
     "read",
+    "read_header",
     "refuse",
     "refuse_scheme",
     "refuse_text",
@@ -169,15 +172,9 @@ def export(frozen: Frozen, path: Path) -> None:
             raise UserError(f"the input of {module}: {reason}")
     family = FAMILIES[config["model_type"]]
     table = names(config["model_type"], family.n_layers(config))
-    rows = {n: value.shape[0] for n, value in frozen.floats.items() if value.ndim}
-    rows |= {n: w.tensor.codes.shape[0] for n, w in frozen.weights.items()}
-
     writer = GGUFWriter(path / FILE, MODEL_ARCH_NAMES[family.arch])
-    writer.add_name(_name(config, frozen.tokenizer))
-    writer.add_file_type(_file_type(frozen))
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    write_metadata(writer, config)
-    write_tokenizer(writer, frozen.tokenizer, config, rows[f"{family.embedding}.weight"])
+    _describe(writer, frozen)
+    write_tokenizer(writer, frozen.tokenizer, config, _tokens(frozen))
 
     # all tensors are announced first, then packed and written one by one: no second copy of the model in memory
     extra = family.extra_tensors(config)
@@ -199,6 +196,38 @@ def export(frozen: Frozen, path: Path) -> None:
         data = _type(w).pack(w.tensor)
         writer.write_tensor_data(data if order is None else data[order.numpy()])
     writer.close()
+
+
+def _describe(writer: GGUFWriter, frozen: Frozen) -> None:
+    """Everything but tokenizer and tensors."""
+    writer.add_name(_name(frozen.config, frozen.tokenizer))
+    writer.add_file_type(_file_type(frozen))
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    write_metadata(writer, frozen.config)
+
+
+def _tokens(frozen: Frozen) -> int:
+    """Rows of the embedding."""
+    name = f"{FAMILIES[frozen.config['model_type']].embedding}.weight"
+    w = frozen.weights.get(name)
+    return len(frozen.floats[name] if w is None else w.tensor.codes)
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """The metadata that `export` writes, by key; without the tokenizer's if there is none.
+
+    Raises UserError for a tokenizer that GGUF cannot hold.
+    """
+    writer = GGUFWriter(os.devnull, MODEL_ARCH_NAMES[FAMILIES[frozen.config["model_type"]].arch])  # never written
+    _describe(writer, frozen)
+    if "tokenizer.json" in frozen.tokenizer:
+        write_tokenizer(writer, frozen.tokenizer, frozen.config, _tokens(frozen))
+    return {key: value.value for part in writer.kv_data for key, value in part.items()}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The metadata of a file (or of a folder with one)."""
+    return {k: f.contents() for k, f in GGUFReader(gguf_file(path)).fields.items() if not k.startswith("GGUF.")}
 
 
 def _reordered(value: Tensor, order: Tensor | None) -> Tensor:
