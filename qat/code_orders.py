@@ -19,8 +19,7 @@ def _halves(n: int) -> dict[str, list[int]]:
 # what is wrong -> where, in each run of as many codes, the right code lies
 ORDERS = {
     "the two nibbles of every byte are swapped": [1, 0],
-    "the two nibbles of every byte are swapped (2-bit codes)": [2, 3, 0, 1],
-    "the two nibbles of every byte are swapped, in AWQ's order": [2, 3, 0, 1, 6, 7, 4, 5],
+    "the two nibbles of every byte are swapped (2-bit codes, or AWQ's order)": [2, 3, 0, 1],
     "every 8 codes are in AWQ's order": AWQ,
     "every 8 codes are in the order before AWQ's": [AWQ.index(i) for i in range(8)],
     "every 8 codes are reversed": list(range(7, -1, -1)),
@@ -38,7 +37,9 @@ def code_order(have: Tensor, want: Tensor, bits: int) -> str | None:
     have, want: codes of `bits` bits, int32 (R, C), from 0 on. Wider codes may have their low nibbles alone in another
     order, since ggml keeps their upper bits elsewhere.
     """
-    if bits == 8 and torch.equal(have >> 4 | (have & 15) << 4, want):
+    if bits == 8 and any(
+        torch.equal((have ^ x) >> 4 | ((have ^ x) & 15) << 4, want ^ x) for x in (0, 128)
+    ):  # int8: 128
         return "the two nibbles of every code are swapped"
     for along, a, b in (("", have, want), (", along the rows", have.t(), want.t())):
         for said, order in ORDERS.items():

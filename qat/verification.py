@@ -121,8 +121,9 @@ def _headers(
         return comparison.config(written.config, frozen.config, whole=whole)
     if module is gguf and of == "gguf":
         files = gguf.gguf_file(path), gguf.gguf_file(base)
+        found = comparison.metadata(*(_untokenized(gguf.read_header(f)) for f in files))
         why = tokenizer_difference(*files)
-        return comparison.metadata(*(_untokenized(gguf.read_header(f)) for f in files)) + ([why] if why else [])
+        return [*found, why] if why else found
     have = gguf.read_header(path) if module is gguf else read_config(path)
     now = replace(written, config=frozen.config, tokenizer=frozen.tokenizer, ties=frozen.ties)
     if module is gguf and (not comparison.is_our_metadata(have) or "tokenizer.json" not in frozen.tokenizer):

@@ -5,6 +5,8 @@ Codes and stored scales are packed as they are; norms, biases, positions and unq
 
 import math
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -226,8 +228,19 @@ def header(frozen: Frozen) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The metadata of a file (or of a folder with one)."""
-    return {k: f.contents() for k, f in GGUFReader(gguf_file(path)).fields.items() if not k.startswith("GGUF.")}
+    """The metadata of a file (or of a folder with one). Raises VerifyError if it cannot be read."""
+    file = gguf_file(path)
+    with _understood(file):
+        return {k: f.contents() for k, f in GGUFReader(file).fields.items() if not k.startswith("GGUF.")}
+
+
+@contextmanager
+def _understood(file: Path) -> Generator[None]:
+    """What goes wrong in here is the file's fault: VerifyError."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise VerifyError(f"{file} is not a GGUF file that this export wrote: {error!r}") from error
 
 
 def _reordered(value: Tensor, order: Tensor | None) -> Tensor:
@@ -249,10 +262,8 @@ def read(path: Path) -> Frozen:
     if the file cannot be read, UserError for a model or a tensor type that is unknown here.
     """
     file = gguf_file(path)
-    try:
+    with _understood(file):
         return _read(file)
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise VerifyError(f"{file} is not a GGUF file that this export wrote: {error!r}") from error
 
 
 def _read(file: Path) -> Frozen:
