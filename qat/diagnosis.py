@@ -6,11 +6,13 @@ another order, a matrix transposed, rows in another runtime's rotary order, colu
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from qat.affine import QTensor
 from qat.code_orders import code_order
 from qat.frozen import Frozen, FrozenWeight
 from qat.regrid import signed_codes, spread
@@ -23,8 +25,25 @@ class Finding(NamedTuple):
     text: str
 
 
+def identical(have: FrozenWeight, want: FrozenWeight) -> bool:
+    """Whether all that the weights are made of is the very same: then they are, without making them."""
+    a, b = have.tensor, want.tensor
+
+    def layout(w: FrozenWeight) -> tuple[object, ...]:
+        q = w.tensor
+        kind = None if q.offset is None else q.spec.offset == "zero_point"
+        return w.shape, w.kind == "Conv1D", q.codes.shape, q.codes.dtype, q.scale.shape, kind
+
+    def same(x: Tensor | None, y: Tensor | None) -> bool:
+        return x is y or (x is not None and y is not None and torch.equal(x.float(), y.float()))
+
+    equal = layout(have) == layout(want) and torch.equal(a.codes, b.codes)
+    return equal and same(a.scale, b.scale) and same(a.offset, b.offset)
+
+
 def weights(have: FrozenWeight, want: FrozenWeight) -> Finding | None:
     """How `have` differs from `want`; None if it stores the same codes, scales and offsets, or says them otherwise."""
+    have, want = _alike(have, want), _alike(want, have)
     a, b = have.tensor, want.tensor
     if a.codes.shape != b.codes.shape:
         turned = a.codes.shape == b.codes.shape[::-1] and torch.equal(signed_codes(a).t(), signed_codes(b))
@@ -127,6 +146,17 @@ def _turned(have: Tensor, want: Tensor) -> str:
     if found < max(plain, 0.0) + 3:
         return ""
     return f"the matrix is transposed, and was quantized so ({found:.1f} dB SQNR to the transposed one)"
+
+
+def _alike(w: FrozenWeight, other: FrozenWeight) -> FrozenWeight:
+    """A symmetric weight with codes from 0 on and a floating offset, where the other has that; else as it is."""
+    q, spec = w.tensor, other.tensor.spec
+    if q.offset is not None or spec.offset in (None, "zero_point") or spec.type.bits != q.spec.type.bits:
+        return w
+    low = q.spec.type.qmin
+    said = replace(q.spec, qtype=f"uint{q.spec.type.bits}", range="minmax", scale="float32", offset="float32")
+    codes = (q.codes.int() - low).to(torch.uint8)
+    return replace(w, tensor=QTensor(codes, q.scale, q.scale.float() * low, said))
 
 
 def _swapped(have: FrozenWeight, want: FrozenWeight) -> str:

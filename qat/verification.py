@@ -18,7 +18,7 @@ from qat.exporters.hf_folder import read_config
 from qat.files import read_manifest
 from qat.frozen import Frozen
 from qat.rescue import float_original, is_ours, source
-from qat.rescue_gguf import tokenizer_difference
+from qat.rescue_gguf import tokenizer_difference, vocabulary_difference
 from qat.verdict import Verdict
 
 
@@ -102,6 +102,8 @@ def _against(
         path, written, module, frozen, base, whole=not is_float and of in ("frozen", target)
     )
     if target == "gguf":
+        if of != "gguf" and (why := vocabulary_difference(gguf.gguf_file(path), frozen.tokenizer)):
+            verdict.differences.append(why)
         return
     if path.is_file() and frozen.tokenizer and not written.tokenizer:
         verdict.unchecked.append("the tokenizer: one file is compared, without its folder")

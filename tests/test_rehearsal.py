@@ -12,6 +12,7 @@ from torch import nn
 from qat import entry
 from qat.auditing import audit
 from qat.errors import UserError
+from qat.exporters import refuse_caches
 from qat.observers.ema import EMAObserver
 from qat.observers.minmax import MinMaxObserver
 from qat.ptq import mse
@@ -53,6 +54,15 @@ def test_settings_of_quantizer_and_observer() -> None:
     assert "calibration_batches=0 leaves the static input range of 0" in refusal(
         cnn(), STATIC_RULES, calibration_batches=0
     )
+
+
+def test_a_kv_cache_that_model_or_target_cannot_have() -> None:
+    assert refusal(gpt2(), GPT2_RULES, kv_cache="int8") == ""  # heads of 32
+    assert "language models of transformers, not Sequential" in refusal(cnn(), STATIC_RULES, kv_cache="int8")
+    refuse_caches(["gguf", "hf"], None)
+    refuse_caches(["gguf"], "int8")
+    with pytest.raises(UserError, match=r"export to hf: kv_cache=int8 is llama\.cpp's; leave it out"):
+        refuse_caches(["gguf", "hf"], "int8")
 
 
 @pytest.mark.parametrize(("leaf", "value"), [("mlp.c_fc.weight", torch.nan), ("ln_2.weight", torch.inf)])

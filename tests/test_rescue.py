@@ -131,6 +131,17 @@ def test_gptq_becomes_a_folder_that_compressed_tensors_reads(
     assert torch.equal(back["weight"], worth[name])
 
 
+def test_zero_points_become_the_next_grid_that_mlx_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """MLX's biases lie in the model's float16, which has not every scale times zero point: int5 has no such bias."""
+    worth = gptq(tmp_path / "gptq", 1, symmetric=False)
+    code, said = export(capsys, tmp_path / "gptq", "--to", "mlx", "--out", tmp_path / "out", *NO_RUN)
+    assert code == 0, said
+    assert "as int5 (1, 64) absmax float16, every value the same" in said
+    back = source(tmp_path / "out" / "mlx").state_dict()
+    assert all(torch.equal(back[n], worth[n].float()) for n in worth)
+    assert not verify(tmp_path / "out" / "mlx", against=tmp_path / "gptq", runtime=False).differences
+
+
 def test_autogptqs_own_file_names(tmp_path: Path) -> None:
     worth = gptq(tmp_path / "gptq", 1, symmetric=True)
     (tmp_path / "gptq" / "model.safetensors").rename(tmp_path / "gptq" / "gptq_model-4bit-64g.safetensors")

@@ -154,7 +154,7 @@ def test_a_missing_tokenizer_is_a_difference(kind: str, copy: Callable[[str], Pa
         tokens = gguf.GGUFReader(folder / "model.gguf", "r+").fields["tokenizer.ggml.tokens"]
         plain = next(i for i in tokens.data[300:] if bytes(tokens.parts[i]).isalpha())
         tokens.parts[plain][:1] = ord("Z")
-        tokens.parts[plain].base.flush()
+        tokens.parts[plain].base.flush()  # pyright: ignore
     for name in WORDS if kind != "gguf" else ():
         (folder / name).unlink()
     assert any("tokenizer" in d for d in differences(folder, root / "run"))
@@ -164,7 +164,7 @@ def test_metadata_that_is_no_text(copy: Callable[[str], Path], root: Path) -> No
     folder = copy("gguf")
     tokens = gguf.GGUFReader(folder / "model.gguf", "r+").fields["tokenizer.ggml.tokens"]
     tokens.parts[tokens.data[300]][0] = 0xFF
-    tokens.parts[tokens.data[300]].base.flush()
+    tokens.parts[tokens.data[300]].base.flush()  # pyright: ignore
     with pytest.raises(VerifyError, match=r"model\.gguf"):
         verify(folder, against=root / "run", runtime=False)
 

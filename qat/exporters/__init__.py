@@ -2,9 +2,10 @@
 
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
 one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
-`refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `KV_CACHES` (that its runtime can be
-told to keep), `stored_dtype` (of unquantized parameters), `as_held` (a Frozen as the file can say it), `caveats` and
-`UNREADABLE` (why its file cannot be read back) are for targets that have something to say there.
+`refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `refuse_values` (the very scales of
+one), `KV_CACHES` (that its runtime can be told to keep), `stored_dtype` (of unquantized parameters), `as_held` (a
+Frozen as the file can say it), `caveats` and `UNREADABLE` (why its file cannot be read back) are for targets that have
+something to say there.
 """
 
 from importlib import import_module

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
@@ -18,6 +17,7 @@ from qat.exporters.compressed_tensors_read import our_name, ours, translate
 from qat.exporters.hf_folder import (
     base_config,
     float_dtype,
+    opened,
     read_config,
     read_tensors,
     refuse_model,
@@ -101,10 +101,7 @@ def _described(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     if method != compressed_tensors.METHOD:
         said = f"its quant_method is {method!r}" if method else "it is not quantized"
         raise UserError(f"{path}: {said}; only quant_method 'qat' and 'compressed-tensors' can be read here")
-    try:
-        return translate(found, *_shapes_and_scales(path))
-    except SafetensorError as e:
-        raise VerifyError(f"a weight file of {path} cannot be read: {e}") from e
+    return translate(found, *_shapes_and_scales(path))
 
 
 def _shapes_and_scales(path: Path) -> tuple[dict[str, list[int]], dict[str, torch.dtype]]:
@@ -112,7 +109,7 @@ def _shapes_and_scales(path: Path) -> tuple[dict[str, list[int]], dict[str, torc
     shapes: dict[str, list[int]] = {}
     scales: dict[str, torch.dtype] = {}
     for file in weight_files(path):
-        with safe_open(file, "pt") as f:
+        with opened(file) as f:
             for key in f.keys():  # noqa: SIM118
                 if key.endswith(".weight_shape"):
                     shapes[key.removesuffix("_shape")] = f.get_tensor(key).tolist()

@@ -4,7 +4,7 @@ float16        without flash attention: queries and probabilities are rounded to
 float16_flash  llama.cpp's default settings. A call of fewer than 64 tokens (generation, short prompts) rounds queries
                and sums the values in float16, one key after the other; a longer one only keeps keys and values so.
 int8           Q8_0 with flash attention: queries, keys and values in blocks of 32 along the head, sums in float32.
-               Heads of a multiple of 64 are rotated by a Hadamard matrix first.
+               Heads of a multiple of 64 are rotated by a Hadamard matrix first (llama.cpp since April 2026).
 Source: ggml-cpu/ops.cpp, flash_attn_ext_f16_one_chunk and _tiled; llama-kv-cache.cpp, attn_rot_k and attn_rot_v.
 """
 
@@ -71,6 +71,7 @@ def _interleaved(x: Tensor) -> Tensor:
 
 def _float16_sums(scores: Tensor, value: Tensor) -> Tensor:
     """Softmax of scores (B, H, T, S) times value (B, H, S, D), summed key by key in float16 with a running maximum."""
+    scores = scores.to(torch.promote_types(torch.float32, scores.dtype))
     largest = scores.cummax(-1).values
     before = nn.functional.pad(largest[..., :-1], (1, 0), value=-torch.inf)
     shrink, weight = (before - largest).exp().double(), (scores - largest).exp().double()
