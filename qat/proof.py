@@ -107,8 +107,10 @@ def score(path: Path, module: ModuleType, base: Path | None, caveats: list[str],
         losses = (x[counted].double() for x in (-got["score"], e["nll"]))
     verdict.figures |= {"runtime": got["version"], "max_logit_diff": diff}
     have, want = losses
+    mean = float((have - want).mean())
+    verdict.figures["loss_diff"] = mean
     if why := judged(have - want):
-        explained = caveats and abs(float((have - want).mean())) <= EXPLAINED
+        explained = caveats and abs(mean) <= EXPLAINED
         said = f"{got['version']}: {why}"
         if explained:
             verdict.unchecked.append(f"{said}, explained by the caveat: {caveats[0]}")

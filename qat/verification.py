@@ -120,7 +120,7 @@ def _headers(
     if not told_apart and isinstance(kind, str) and same_model(kind, frozen.config.get("model_type")):
         frozen = replace(frozen, config={**frozen.config, "model_type": kind})
     if module is None or not hasattr(module, "header"):
-        return comparison.config(written.config, frozen.config, whole=whole)
+        return comparison.config(written.config, frozen.config, whole=whole and module is None)
     if module is gguf and of == "gguf":
         files = gguf.gguf_file(path), gguf.gguf_file(base)
         found = comparison.metadata(*(_untokenized(gguf.read_header(f)) for f in files))

@@ -4,8 +4,8 @@
 one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
 `refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `refuse_values` (the very scales of
 one), `KV_CACHES` (that its runtime can be told to keep), `stored_dtype` (of unquantized parameters), `as_held` (a
-Frozen as the file can say it), `caveats` and `UNREADABLE` (why its file cannot be read back) are for targets that have
-something to say there.
+Frozen as the file can say it), `header` (config.json or metadata, for `verify`), `caveats` and `UNREADABLE` (why its
+file cannot be read back) are for targets that have something to say there.
 """
 
 from importlib import import_module
