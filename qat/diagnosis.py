@@ -145,7 +145,7 @@ def _turned(have: Tensor, want: Tensor) -> str:
     found, plain = sqnr(have, want.t()), sqnr(have, want) if have.shape == want.shape else -math.inf
     if found < max(plain, 0.0) + 3:
         return ""
-    return f"the matrix is transposed, and was quantized so ({found:.1f} dB SQNR to the transposed one)"
+    return f"the matrix is transposed, and was quantized so: {found:.1f} dB SQNR to the transposed one"
 
 
 def _alike(w: FrozenWeight, other: FrozenWeight) -> FrozenWeight:

@@ -10,11 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from qat import comparison, diagnosis, proof
 from qat.errors import UserError
 from qat.exporters import as_held, gguf, identify, made_of_others, read_any, target_module
 from qat.exporters.gguf_models import same_model
-from qat.exporters.hf_folder import read_config
+from qat.exporters.hf_folder import float_dtype, read_config
 from qat.files import read_manifest
 from qat.frozen import Frozen
 from qat.rescue import float_original, is_ours, source
@@ -54,6 +56,8 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
             _against(path, written, module, frozen, base, original is not None, verdict)
         caveats = getattr(module, "caveats", lambda _: [])(frozen)
         verdict.unchecked += caveats
+        if (dtype := float_dtype(frozen)) != torch.float32:
+            caveats = [*caveats, f"the trained model computes in {dtype}"]
         if runtime and module is not None and not verdict.differences:
             proof.tokenizer(path, module, frozen, base, verdict)
     if runtime and module is not None and not verdict.differences and original is None:

@@ -171,6 +171,7 @@ def test_metadata_that_is_no_text(copy: Callable[[str], Path], root: Path) -> No
 
 TOKEN = QuantSpec(qtype="int8", block=(1, -1), divide="reciprocal", scale="float32")
 INT8 = QuantSpec(qtype="int8")
+Q8_0 = QuantSpec(qtype="int8", block=(1, 32))
 
 
 def test_inputs_are_compared_both_ways(tmp_path: Path) -> None:
@@ -188,6 +189,14 @@ def test_inputs_are_compared_both_ways(tmp_path: Path) -> None:
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
     file.write_text(json.dumps(config))
     assert "is float in the file" in differences(folders["int8"], tmp_path / "int8")[0]
+
+
+def test_inputs_that_llama_cpp_does_not_compute(tmp_path: Path) -> None:
+    frozen_of(Scheme(weight=Q8_0, input=TOKEN)).save(tmp_path / "int8")
+    path = export(frozen_of(Scheme(weight=Q8_0)), "gguf", tmp_path / "gguf")
+    assert (
+        "the input of model.layers.0.self_attn.q_proj: llama.cpp quantizes" in differences(path, tmp_path / "int8")[0]
+    )
 
 
 def test_a_frozen_folder_is_compared_too(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
