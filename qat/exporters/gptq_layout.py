@@ -132,7 +132,7 @@ def restored(
     middle = bool((zero == 2 ** (bits - 1)).all())
     symmetric = middle and (said.offset is None if said else bool(found.get("sym", False)))
     said = None if said and (said.offset is None) != symmetric else said
-    kind = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
+    kind: dict[str, Any] = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
     qtype = f"int{bits}"  # signed, which compressed-tensors and torchao hold as well
     block = (1, -1) if int(found.get("group_size", -1)) == -1 else (1, codes.shape[1] // scale.shape[1])
     spec = QuantSpec(qtype=qtype, block=block, scale="float16", **kind)

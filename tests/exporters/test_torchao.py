@@ -75,7 +75,7 @@ def test_every_layer_quantizes_tokens_as_they_were_trained(name: str, loaded: di
 def test_8da4w_prompts(loaded: dict[str, Any]) -> None:
     found = differences(loaded["logits"]["8da4w"], logits(loaded["models"]["8da4w"][0], 50))
     assert (found <= 2e-6).double().mean() >= 1 / 3
-    assert found.median() <= 2e-6 or found.median() <= spread(loaded["models"]["8da4w"][0]).median()
+    assert found.median() <= spread(loaded["models"]["8da4w"][0]).median()
 
 
 @pytest.mark.parametrize("name", ["int8 dynamic", "mixed dynamic"])
