@@ -130,7 +130,7 @@ def _headers(
         found = comparison.metadata(*(_untokenized(gguf.read_header(f)) for f in files))
         why = tokenizer_difference(*files)
         return [*found, why] if why else found
-    have = gguf.read_header(path) if module is gguf else read_config(path)
+    have = getattr(module, "read_header", read_config)(path)
     now = replace(written, config=frozen.config, tokenizer=frozen.tokenizer, ties=frozen.ties)
     if module is gguf and (not comparison.is_our_metadata(have) or "tokenizer.json" not in frozen.tokenizer):
         now, have = replace(now, tokenizer={}), _untokenized(have)

@@ -63,7 +63,8 @@ def _input(given: FrozenInput, weight: QuantSpec, dtype: torch.dtype) -> str | N
             return "has a static input, which goes with int8 weights and one scale a channel"
         if replace(given.spec, scale="portable") != TENSOR:
             return f"has an input on grid {given.spec.label()}; {TENSOR.label()} is what fits"
-        assert given.scale is not None
+        if given.scale is None:
+            return "has a static input without a scale"
         return None if _holds(given.scale, dtype) else f"has an input scale that {dtype} cannot hold"
     if weight.type.bits not in (4, 8) or (weight.type.bits == 8 and not channel):
         return "has a dynamic input, which goes with int4 weights or int8 ones with one scale a channel"
