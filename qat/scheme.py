@@ -202,9 +202,8 @@ class Scheme:
         if self.static and (self.input is None or self.input.block != (-1, -1)):
             raise ValueError("static: true needs an input spec with block (-1, -1): one range for the whole tensor")
         if self.static and self.input is not None and not self.input.divide.startswith("stored"):
-            raise ValueError(
-                f"a static input divides by its stored scale: divide 'stored' or 'stored_inverse', not {self.input.divide!r}"
-            )
+            allowed = "'stored' or 'stored_inverse'"
+            raise ValueError(f"a static input divides by its stored scale: {allowed}, not {self.input.divide!r}")
         by_row = self.weight is not None and self.weight.block == (1, -1) and self.weight.offset is None
         if self.input is not None and self.input.integer_dot and not by_row:
             raise ValueError("integer_dot needs weights with one scale a row, block (1, -1), and no offset")

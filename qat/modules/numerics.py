@@ -24,7 +24,7 @@ def refuse_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None) ->
 
 
 def use_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None) -> None:
-    """Let `model` compute with that GELU and over that KV cache, in place. Raises as `refuse_numerics`, then unchanged."""
+    """Let `model` compute with that GELU and over that KV cache, in place. Raises as `refuse_numerics`, unchanged."""
     refuse_numerics(model, gelu, kv_cache)
     config: Any = getattr(model, "config", None)
     if gelu and use_table_gelu(model):  # a model without GELU has nothing to note

@@ -1,4 +1,4 @@
-"""What llama.cpp rounds besides weights and inputs is computed by `qat.load` too: bit for bit the trained model's logits."""
+"""What llama.cpp rounds besides weights and inputs, `qat.load` computes too: bit for bit the trained model's logits."""
 
 from pathlib import Path
 
