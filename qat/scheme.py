@@ -230,11 +230,13 @@ class Rule:
 
 KvCache = Literal["float16", "float16_flash", "int8"]  # llama.cpp's; see qat.modules.attention
 KV_CACHES: tuple[str, ...] = get_args(KvCache)
+Gelu = Literal["float16_table"]  # llama.cpp's on a CPU; see qat.modules.gelu
+GELUS: tuple[str, ...] = get_args(Gelu)
 
 
 class Numerics(TypedDict):
     """`scheme=` of a recipe: which layers get which grid, and what else of the runtime training simulates."""
 
     rules: list[Rule]
-    gelu: NotRequired[Literal["float16_table"] | None]
+    gelu: NotRequired[Gelu | None]
     kv_cache: NotRequired[KvCache | None]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from qat.errors import UserError, VerifyError
 from qat.exporters import export
 from qat.frozen import Frozen
@@ -56,6 +58,8 @@ def ship(
                 continue
             exports[target] = found["figures"]
             exports[target]["path"] = str(path.relative_to(run_dir))
+            if found["unchecked"]:
+                exports[target]["unchecked"] = found["unchecked"]
             wrong += [VerifyError(f"{target}: {d}") for d in found["differences"]]
             outcome.text = _outcome(found)
     return exports, wrong
@@ -80,9 +84,10 @@ def verify_apart(path: Path, run_dir: Path) -> dict[str, Any]:
 def _outcome(found: dict[str, Any]) -> str:
     f = found["figures"]
     if found["differences"]:
-        return f"[red]WRONG[/] {found['differences'][0]}"
+        return f"[red]WRONG[/] {escape(found['differences'][0])}"
     parts = ["codes and weights equal" if "codes_equal" in f else "compiled: its codes cannot be read back"]
     if "runtime" in f:
         quality = f"perplexity {f['perplexity']:.4f}" if "perplexity" in f else f"accuracy {f['accuracy']:.4f}"
         parts.append(f"{f['runtime']}: {quality}")
-    return ", ".join(parts)
+    notes = [f"\n             [yellow]but[/] {escape(u)}" for u in found["unchecked"]]
+    return ", ".join(parts) + "".join(notes)

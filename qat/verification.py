@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat import diagnosis, evaluation
 from qat.errors import UserError
-from qat.exporters import as_held, identify, made_of_others, read_any, target_module
+from qat.exporters import as_held, caveats, identify, made_of_others, read_any, target_module
 from qat.exporters.gguf import gguf_file
 from qat.exporters.gguf_models import same_model
 from qat.files import read_manifest
@@ -72,7 +72,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
             if "gguf" in (target, of) and same_model(kind, frozen.config.get("model_type")):
                 frozen = replace(frozen, config={**frozen.config, "model_type": kind})
             compare(written, as_held(module, frozen), verdict, whole_config=whole, same_files=of != "gguf")
-        verdict.unchecked += getattr(module, "caveats", lambda _: [])(frozen)
+        verdict.unchecked += caveats(frozen, target)
         if both_gguf and (why := tokenizer_difference(gguf_file(path), gguf_file(base))):
             verdict.differences.append(why)
         if runtime and not verdict.differences:

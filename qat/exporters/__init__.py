@@ -2,9 +2,10 @@
 
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
 one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
-`refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `KV_CACHES` (that its runtime can be
-told to keep), `stored_dtype` (of unquantized parameters), `as_held` (a Frozen as the file can say it), `caveats` and
-`UNREADABLE` (why its file cannot be read back) are for targets that have something to say there.
+`refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `KV_CACHES` and `GELUS` (of those that
+training simulates, what its runtime computes), `stored_dtype` (of unquantized parameters), `as_held` (a Frozen as the
+file can say it), `caveats` and `UNREADABLE` (why its file cannot be read back) are for targets that have something
+to say there.
 """
 
 from importlib import import_module
@@ -59,6 +60,17 @@ def refuse_caches(names: list[str], kv_cache: str | None) -> None:
     for name in names:
         if kv_cache and kv_cache not in getattr(target_module(name), "KV_CACHES", ()):
             raise UserError(f"export to {name}: kv_cache={kv_cache} is llama.cpp's; leave it out, or export to gguf")
+
+
+def caveats(frozen: Frozen, target: str) -> list[str]:
+    """What the runtime of a target computes otherwise than training did, a sentence each."""
+    module = target_module(target)
+    out: list[str] = list(getattr(module, "caveats", lambda _: [])(frozen))
+    for key, known, what in (("gelu", "GELUS", "llama.cpp's GELU table"), ("kv_cache", "KV_CACHES", "a KV cache")):
+        value = frozen.config.get(key)
+        if value and value not in getattr(module, known, ()):
+            out.append(f"the model was trained with {what} ({key}={value}), which this target does not compute")
+    return out
 
 
 def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:

@@ -9,14 +9,13 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.modules.gelu import use_table_gelu
-
-GELU = "float16_table"
+from qat.scheme import GELUS
 
 
 def refuse_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None) -> None:
     """Raises UserError for a gelu or kv_cache that does not exist, or that the model cannot have."""
-    if gelu not in (None, GELU):
-        raise UserError(f"gelu={gelu} is not possible; choose {GELU} or leave it out")
+    if gelu and gelu not in GELUS:
+        raise UserError(f"gelu={gelu} is not possible; choose {', '.join(GELUS)} or leave it out")
     if kv_cache:
         from qat.modules.attention import refuse_kv_cache
 
