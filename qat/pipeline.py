@@ -23,7 +23,7 @@ from qat.conversion import WeightQuantizer, calibrate, convert, freeze_observers
 from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError, at_least
 from qat.exporters import refuse_caches, refuse_missing_runtimes, refuse_texts, refuse_tokenizers
-from qat.files import atomic_folder
+from qat.files import atomic_folder, refuse_foreign
 from qat.hub import Fallback
 from qat.layers import layer_stats
 from qat.models.load import EMBEDDED_CONTEXT, Loaded
@@ -100,6 +100,8 @@ def run(
     rules = scheme["rules"]
     simulated: Any = {key: value for key, value in scheme.items() if key != "rules"}
     refuse_missing_runtimes(export)
+    for name in export if run_dir else []:
+        refuse_foreign(run_dir / "export" / name)
     if export and not rules:
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
 

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from qat.errors import UserError, VerifyError
 from qat.exporters import export
+from qat.files import set_aside
 from qat.frozen import Frozen
 from qat.report.card import card
 from qat.report.schema import Export, Fallback, Stages
@@ -53,14 +54,17 @@ def ship(
                 with outcome.follow():
                     found = verify_apart(path, run_dir)
             except (UserError, VerifyError) as error:  # a missing runtime must not cost the report of a long training
-                wrong.append(type(error)(f"{target}: {error}"))
+                kept = f"; what was written is kept as {set_aside(path)}" if isinstance(error, VerifyError) else ""
+                wrong.append(type(error)(f"{target}: {error}{kept}"))
                 outcome.text = f"[red]NOT VERIFIED[/] {error}"
                 continue
+            if found["differences"]:
+                path = set_aside(path)
             exports[target] = found["figures"]
             exports[target]["path"] = str(path.relative_to(run_dir))
             if found["unchecked"]:
                 exports[target]["unchecked"] = found["unchecked"]
-            wrong += [VerifyError(f"{target}: {d}") for d in found["differences"]]
+            wrong += [VerifyError(f"{target}: {d}; what was written is kept as {path}") for d in found["differences"]]
             outcome.text = _outcome(found)
     return exports, wrong
 

@@ -18,7 +18,7 @@ from qat.errors import UserError
 from qat.exporters import as_held, caveats, identify, made_of_others, read_any, target_module
 from qat.exporters.gguf import gguf_file
 from qat.exporters.gguf_models import same_model
-from qat.files import read_manifest
+from qat.files import FAILED, read_manifest
 from qat.frozen import Frozen
 from qat.rescue import float_original, is_ours, source
 from qat.rescue_gguf import tokenizer_difference
@@ -250,7 +250,8 @@ def _run(path: Path, runtime: str, base: Path | None, verdict: Verdict) -> None:
 
 def verify_run(run_dir: Path) -> dict[str, Verdict]:
     """Every export of a run. Raises UserError if it has none."""
-    folders = sorted(p for p in (Path(run_dir) / "export").glob("*") if p.is_dir() and not p.name.startswith("."))
+    found = (p for p in (Path(run_dir) / "export").glob("[!.]*") if p.is_dir())
+    folders = sorted(p for p in found if FAILED not in p.name)
     if not folders:
         raise UserError(f"{run_dir} has no export to verify; write one with: qat export {run_dir} --to gguf")
     read_manifest(Path(run_dir) / "frozen")
