@@ -16,6 +16,7 @@ from qat.frozen import Frozen
 from qat.models.load import ASSETS
 from qat.scheme import QuantSpec, Rule, Scheme
 from qat.stages import Stages
+from qat.verification import verify
 
 FILES = {name: (ASSETS / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
 RULE = Rule(type="Conv1D", scheme=Scheme(weight=QuantSpec(qtype="int4", block=(1, 32))))
@@ -132,3 +133,17 @@ def test_a_language_model_that_lost_its_tokenizer_is_told_so(
     (tmp_path / "frozen" / "frozen.json").write_text("{")
     assert cli.main(["eval", str(tmp_path)]) == 3
     assert "frozen.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_runs_weights_move_to_an_equal_grid_as_another_tools_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """GGUF has no int4 in groups of 64; groups of 32 that repeat the scale are the same numbers."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=64, n_layer=1, n_head=2, n_positions=32))
+    rule = Rule(type="Conv1D", scheme=Scheme(weight=QuantSpec(qtype="int4", block=(1, 64))))
+    convert(prepare(model, [rule]), tokenizer=FILES).save(tmp_path / "frozen")
+    assert cli.main(["export", str(tmp_path), "--to", "gguf", "--no-verify"]) == 0
+    assert "4 weights of int4 (1, 64) absmax portable as int4 (1, 32)" in capsys.readouterr().out
+    verdict = verify(tmp_path / "export" / "gguf", runtime=False)
+    assert verdict.figures["weights_equal"]
+    assert not verdict.differences
