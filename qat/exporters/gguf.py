@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
-from qat.exporters.gguf_blocks import BY_GGML, BlockType, block_type, refuse_grid
+from qat.exporters.gguf_blocks import BY_GGML, SCHEMES, BlockType, block_type, refuse_grid
 from qat.exporters.gguf_families.base import Family
 from qat.exporters.gguf_models import (
     DERIVED,
@@ -42,6 +42,7 @@ __all__ = [
     "GELUS",
     "KV_CACHES",
     "RUNTIME",
+    "SCHEMES",
     "as_held",
     "caveats",
     "export",

@@ -88,14 +88,15 @@ def test_another_decoder_gives_our_weights(name: str, kind: str, dtype: torch.dt
 REFUSED: dict[str, tuple[str, str, list[Rule]]] = {
     "int4 does": ("gptq", "llama", [rule(QuantSpec(qtype="int5", block=(1, 32)))]),
     "int2 does": ("gptq", "llama", [rule(QuantSpec(qtype="int3", block=(1, 32)))]),
-    "4 bits, not 8": ("awq", "llama", [rule(QuantSpec(qtype="int8"))]),
+    "8 bits do not fit awq, which has 4; int4 does": ("awq", "llama", [rule(QuantSpec(qtype="int8"))]),
     r"\(1, 32\) is the nearest": ("awq", "llama", [rule(QuantSpec(qtype="int4", block=(2, 32)))]),
     r"\(1, 16\) is the nearest": ("gptq", "llama", [rule(QuantSpec(qtype="int4", block=(1, 8)))]),
     "not Conv1D": ("gptq", "gpt2", [rule(INT4, kind="Conv1D")]),
     "stored in float16": ("gptq", "llama", [rule(QuantSpec(qtype="int4", block=(1, 32), scale="float32"))]),
     "symmetric or with a zero": ("awq", "llama", [rule(QuantSpec(qtype="uint4", range="mlx", offset="float16"))]),
     "zero point of 0": ("gptq_v1", "llama", [rule(ZERO)]),
-    "the format has one grid": ("gptq", "llama", [rule(INT4, ".*q_proj"), rule(QuantSpec(qtype="int8"))]),
+    "the format has one grid": ("gptq", "llama", [rule(INT4, ".*q_proj"), rule(QuantSpec(qtype="int8"), ".*layers.*")]),
+    r"GPTQ layers in .*model\.layers alone": ("gptq", "llama", [rule(INT4, "lm_head")]),
     "takes? float inputs": ("awq", "llama", [rule(INT4, input=QuantSpec(qtype="int8", scale="float32"))]),
 }
 
