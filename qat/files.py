@@ -135,7 +135,8 @@ def refuse_foreign(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"{path} is a file, and a folder would take its place; move it away or write elsewhere")
     try:
-        ours: Any = {MANIFEST, *json.loads((path / MANIFEST).read_text())["files"]}
+        listed: dict[str, Any] = json.loads((path / MANIFEST).read_text())["files"]
+        ours: set[str] = {MANIFEST, *listed}
     except (OSError, ValueError, KeyError, TypeError):
         ours = set()
     foreign = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_symlink() or not f.is_dir())

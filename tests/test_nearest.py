@@ -16,17 +16,24 @@ from qat.errors import UserError
 from qat.exporters import target_module
 from qat.exporters.gguf_blocks import SCHEMES, block_type
 from qat.overrides import quote
+from qat.promise import refuse_fallback
+
+
+def composed(*overrides: str) -> Any:
+    """The configuration of a run with these overrides."""
+    with hydra.initialize_config_dir(str(recipes.CONFIGS), version_base="1.3"):
+        return hydra.compose("train", [quote(o) for o in overrides])
 
 
 def audited(model: Any, *overrides: str) -> str | None:
     """What the audit of a run with these overrides refuses; None if it passes."""
-    with hydra.initialize_config_dir(str(recipes.CONFIGS), version_base="1.3"):
-        composed = hydra.compose("train", [quote(o) for o in overrides])
-    rules = instantiate(composed.scheme, _convert_="all")["rules"]
-    exports = [composed.export] if isinstance(composed.export, str) else OmegaConf.to_object(composed.export)
+    made = composed(*overrides)
+    rules = instantiate(made.scheme, _convert_="all")["rules"]
+    exports: Any = [made.export] if isinstance(made.export, str) else list(made.export)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "name": "x"}
     try:
-        audit(model, rules, targets=exports, config=config)  # pyright: ignore[reportArgumentType]
+        rows = audit(model, rules, targets=exports, config=config)
+        refuse_fallback(made.quant_method, rows, rules, config)
     except UserError as error:
         return str(error)
     return None
@@ -86,3 +93,18 @@ def test_the_schemes_that_gguf_names_have_its_grids() -> None:
     for name, spec in SCHEMES.items():
         rules = instantiate(OmegaConf.load(recipes.CONFIGS / "scheme" / f"{name}.yaml"), _convert_="all")["rules"]
         assert block_type(rules[-1].scheme.weight) == block_type(spec)
+
+
+@pytest.mark.parametrize("target", ["transformers", "transformers_w8a16", "vllm_w4a8", "vllm_w8a8", "vllm_w8a8_static"])
+def test_a_target_for_plain_loading_is_refused_where_it_would_need_import_qat(target: str) -> None:
+    assert audited(tiny("llama"), f"target={target}") is None
+    said = audited(tiny("gpt2"), f"target={target}")
+    assert said is not None
+    assert "Conv1D" in said
+    if "import qat" in said:  # and not a scheme that has no Conv1D
+        assert "c_attn.weight belongs to Conv1D, not to Linear; give quant_method=null" in said
+        assert audited(tiny("gpt2"), f"target={target}", "quant_method=null") is None
+    cached = tiny("llama")
+    cached.config.kv_cache = "int8"
+    assert "trained with kv_cache=int8" in (audited(cached, f"target={target}") or "")
+    assert "quant_method=gptq is not possible" in (audited(cached, f"target={target}", "quant_method=gptq") or "")
