@@ -102,8 +102,8 @@ def run(
     rules = scheme["rules"]
     simulated: Any = {key: value for key, value in scheme.items() if key != "rules"}
     refuse_missing_runtimes(export)
-    for name in export if run_dir else []:
-        refuse_foreign(run_dir / "export" / name)
+    for name in export if run_dir is not None else []:
+        refuse_foreign(Path(run_dir or "", "export", name))
     if export and not rules:
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
 

@@ -1,6 +1,7 @@
 """What a runtime computes otherwise than training did is said by every target that it is true of."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prepared_models import LINEAR, rule, tiny
@@ -8,7 +9,8 @@ from tiny_text_models import INT4, freeze
 from tiny_text_models import tiny as tiny_text
 
 from qat.conversion import convert, prepare
-from qat.exporters import caveats
+from qat.errors import UserError
+from qat.exporters import caveats, export
 from qat.exporters.gguf_blocks import TYPES
 from qat.frozen import Frozen, FrozenInput
 
@@ -33,6 +35,13 @@ def test_a_folder_for_plain_transformers_is_not_written_of_them() -> None:
     assert "trained with kv_cache=float16); `import qat` first" in why
     plain = replace(frozen, config={k: v for k, v in frozen.config.items() if k != "kv_cache"})
     assert not caveats(plain, "hf")
+
+
+@pytest.mark.parametrize("target", ["mlx", "gptq", "awq"])
+def test_a_model_of_floats_alone_is_refused_where_the_format_is_of_quantized_ones(target: str, tmp_path: Path) -> None:
+    floats = Frozen({}, dict(tiny("llama").named_parameters()), config=tiny("llama").config.to_dict())
+    with pytest.raises(UserError, match="no weight is quantized"):
+        export(floats, target, tmp_path / "out")
 
 
 def test_llama_cpps_roundings_that_training_left_out_are_named(gpt2: Frozen) -> None:
