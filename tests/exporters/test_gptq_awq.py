@@ -94,11 +94,26 @@ REFUSED: dict[str, tuple[str, str, list[Rule]]] = {
     "not Conv1D": ("gptq", "gpt2", [rule(INT4, kind="Conv1D")]),
     "stored in float16": ("gptq", "llama", [rule(QuantSpec(qtype="int4", block=(1, 32), scale="float32"))]),
     "symmetric or with a zero": ("awq", "llama", [rule(QuantSpec(qtype="uint4", range="mlx", offset="float16"))]),
-    "zero point of 0": ("gptq_v1", "llama", [rule(ZERO)]),
+    "zero point of 0": ("gptq_v1", "llama", [HEAD, rule(ZERO)]),
     "the format has one grid": ("gptq", "llama", [rule(INT4, ".*q_proj"), rule(QuantSpec(qtype="int8"), ".*layers.*")]),
     r"GPTQ layers in .*model\.layers alone": ("gptq", "llama", [rule(INT4, "lm_head")]),
     "takes? float inputs": ("awq", "llama", [rule(INT4, input=QuantSpec(qtype="int8", scale="float32"))]),
 }
+
+
+def test_version_1_holds_zero_points_from_1_on(tmp_path: Path) -> None:
+    """Which there are is known when codes are: training for it is refused, carrying another file over is not."""
+    _, frozen = trained("llama", GRIDS["unsigned, left"][1])
+    raised = {}
+    for name, w in frozen.weights.items():
+        assert w.tensor.offset is not None
+        offset = w.tensor.offset.clamp(min=w.tensor.spec.type.qmin + 1)
+        raised[name] = dataclasses.replace(w, tensor=dataclasses.replace(w.tensor, offset=offset))
+    path = export(dataclasses.replace(frozen, weights=raised), "gptq_v1", tmp_path / "v1")
+    stored = load_file(path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    for name, w in raised.items():
+        assert np.array_equal(decoded(stored, name.removesuffix(".weight"), config), w.dequantize().numpy())
 
 
 @pytest.mark.parametrize("why", REFUSED)
