@@ -4,8 +4,8 @@
 
 The arguments are names of configs/target, whose grids are put on a random Llama. Every step has a process of its own:
 `freeze` decides the codes and writes RUN/frozen, `export` writes the target's folder from that, `verify` reads it back
-and compares. Peak: the largest resident size of the step less what Python and its libraries took before it. The limit
-that an export may reach is the float size and one layer, here the largest matrix.
+and compares. GB/s is over `freeze` and `export`. Peak: the largest resident size of the step less what Python and its
+libraries took before it. The limit that a step may reach is the float size and one layer, here the largest matrix.
 """
 
 import argparse
@@ -72,45 +72,46 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def measured(work: Callable[[], object]) -> tuple[int, float]:
-    """(the largest resident size in bytes, seconds)."""
+def measured(work: Callable[[], object]) -> tuple[int, float, float]:
+    """(the largest resident size in bytes, seconds by the clock, seconds of CPU)."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not count as resident
     Path("/proc/self/clear_refs").write_text("5")  # nor its peak as a peak
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     work()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - used
     peak = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(peak.split()[1]) * 1024, seconds
+    return int(peak.split()[1]) * 1024, seconds, cpu
 
 
 def step(name: str, target: str, params: str, folder: Path) -> dict[str, float]:
-    """One step, in this process: float bytes (of the first alone), the largest layer's, peak bytes, seconds."""
+    """One step, in this process: peak bytes, seconds, CPU seconds; of `freeze` also the bytes of all floats and of the
+    largest matrix."""
     import transformers.models.llama.modeling_llama  # noqa: F401  what every step has loaded before it begins
 
     import qat
     from qat.exporters import export, target_module
     from qat.frozen import Frozen
+    from qat.models.load import load
+    from qat.shipping import tokenizer_files
     from qat.verification import verify
 
     exporter, chosen = scheme(target)
     target_module(exporter)
     before = resident()
+    sums: dict[str, float] = {}
     if name == "freeze":
-        net = qat.prepare(model(params), chosen["rules"])
+        net: Any = qat.prepare(model(params), chosen["rules"])
         sizes = [p.numel() * 4 for p in net.parameters()]
         config = {**net.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-        peak, seconds = measured(lambda: qat.convert(net, config=config).save(folder / "frozen"))
-        return {"float": sum(sizes), "layer": max(sizes), "peak": peak - before, "seconds": seconds}
-    if name == "export":
-        peak, seconds = measured(lambda: export(Frozen.load(folder / "frozen"), exporter, folder / "out"))
+        files = tokenizer_files(load(None, name="gpt2_mini").tokenizer)
+        found = measured(lambda: qat.convert(net, config=config, tokenizer=files, path=folder / "frozen"))
+        sums = {"float": sum(sizes), "layer": max(sizes)}
+    elif name == "export":
+        found = measured(lambda: export(Frozen.load(folder / "frozen"), exporter, folder / "out"))
     else:
-        verdicts: list[Any] = []
-        peak, seconds = measured(
-            lambda: verdicts.append(verify(folder / "out", against=folder / "frozen", runtime=False))
-        )
-        verdicts[0].raise_if_different()
-    return {"peak": peak - before, "seconds": seconds}
+        found = measured(lambda: verify(folder / "out", against=folder / "frozen", runtime=False).raise_if_different())
+    return sums | {"peak": found[0] - before, "seconds": found[1], "cpu": found[2]}
 
 
 def main() -> None:
@@ -127,7 +128,8 @@ def main() -> None:
         print("measured", json.dumps(step(args.step, args.targets[0], args.params, args.folder)))
         return
     print(f"random Llama, {args.params} ({machine(args.threads)})")
-    print(f"{'target':26}" + "".join(f"{f'{s}: peak':>14} {'s':>6}" for s in STEPS) + f"{'limit':>8} {'GB/s':>6}")
+    steps = "".join(f"{f'{s}: peak':>14} {'s':>5} {'cpu s':>5}" for s in STEPS)
+    print(f"{'target':30}{steps}{'limit':>7} {'GB/s':>6} {'GB/cpu s':>9}")
     for target in args.targets:
         folder = Path(tempfile.mkdtemp(prefix="qat-export-"))
         found: list[dict[str, float]] = []
@@ -139,7 +141,7 @@ def main() -> None:
                 lines = [x for x in run.stdout.splitlines() if x.startswith("measured ")]
                 if run.returncode or not lines:
                     said = (run.stderr.strip().splitlines() or ["no output"])[-1]
-                    print(f"{target:26} {name} cannot run: {said[:120]}", flush=True)
+                    print(f"{target:30} {name} cannot run: {said[:120]}", flush=True)
                     break
                 found.append(json.loads(lines[-1].removeprefix("measured ")))
         finally:
@@ -147,11 +149,11 @@ def main() -> None:
         if len(found) < len(STEPS):
             continue
         size = found[0]["float"]
-        cells = "".join(f"{f['peak'] / size:14.2f} {f['seconds']:6.1f}" for f in found)
-        speed = size / 1e9 / (found[0]["seconds"] + found[1]["seconds"])
-        print(
-            f"{scheme(target)[0] + ', ' + target:26}{cells}{1 + found[0]['layer'] / size:8.2f} {speed:6.2f}", flush=True
-        )
+        cells = "".join(f"{f['peak'] / size:14.2f} {f['seconds']:5.1f} {f['cpu']:5.1f}" for f in found)
+        limit = 1 + found[0]["layer"] / size
+        wall, cpu = (size / 1e9 / (found[0][k] + found[1][k]) for k in ("seconds", "cpu"))
+        name = f"{scheme(target)[0]}, {target}"
+        print(f"{name:30}{cells}{limit:7.2f} {wall:6.2f} {cpu:9.2f}", flush=True)
 
 
 if __name__ == "__main__":

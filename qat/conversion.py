@@ -1,6 +1,7 @@
 """prepare: a float model becomes one that trains with fake-quantized layers. convert: its codes are decided, once."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from qat.affine import quantize
 from qat.auditing import audit
 from qat.errors import UserError
-from qat.frozen import Frozen, FrozenInput, FrozenWeight
+from qat.frozen import Frozen, FrozenInput, FrozenWeight, blank, open_frozen, write_frozen
 from qat.modules import quantized_class
 from qat.modules.base import QuantLayer
 from qat.modules.numerics import refuse_numerics, use_numerics
@@ -19,6 +20,7 @@ from qat.quantizers.base import FakeQuantize
 from qat.quantizers.minmax import MinMax
 from qat.quantizers.observed import Observed
 from qat.scheme import QuantSpec, Rule, Scheme
+from qat.streams import Later
 
 WeightQuantizer = Callable[[QuantSpec, Tensor], FakeQuantize]
 
@@ -147,52 +149,85 @@ def calibrate(
 
 @torch.no_grad()
 def convert(
-    model: nn.Module, *, config: dict[str, Any] | None = None, tokenizer: dict[str, bytes] | None = None
+    model: nn.Module,
+    *,
+    config: dict[str, Any] | None = None,
+    tokenizer: dict[str, bytes] | None = None,
+    path: Path | None = None,
 ) -> Frozen:
     """Decide the codes of every quantized parameter of a prepared model; the rest is kept as it is.
 
-    config defaults to the model's own `config.to_dict()` if it has one. Raises UserError naming the tensor if one
-    is not finite, or if nothing is prepared.
+    config defaults to the model's own `config.to_dict()` if it has one. path: write the folder there (`Frozen.save`)
+    as codes are decided, and return what reads from it, so that the model is in memory once; without it the result
+    holds a copy of everything. Raises UserError naming the tensor if one is not finite, or if nothing is prepared.
     """
-    weights: dict[str, FrozenWeight] = {}
+    layers: dict[str, QuantLayer] = {}
     inputs: dict[str, FrozenInput] = {}
-    names = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
     owners: dict[int, str] = {}
-    ties: dict[str, str] = {}
-    for path, layer in model.named_modules():
+    for module, layer in model.named_modules():
         if not isinstance(layer, QuantLayer):
             continue
-        name = f"{path}.weight" if path else "weight"
+        name = f"{module}.weight" if module else "weight"
         if layer.weight_quantizer is not None and id(layer.weight) not in owners:
-            matrix = layer.canonical(layer.weight.detach())
-            try:
-                tensor = quantize(matrix, layer.weight_quantizer.qparams(matrix), layer.weight_quantizer.spec)
-            except ValueError as e:
-                raise UserError(f"{name}: {e}") from e
-            weights[name] = FrozenWeight(tensor, layer.kind, tuple(layer.weight.shape))
+            layers[name] = layer
             owners[id(layer.weight)] = name
         if layer.input_quantizer is not None:
-            inputs[path] = _input(path, layer.input_quantizer)
-    if not weights and not inputs:
+            inputs[module] = _input(module, layer.input_quantizer)
+    if not layers and not inputs:
         raise UserError("nothing to convert: the model has no fake-quantized layer; call prepare first")
+    floats, ties = _floats(model, owners)
+    if config is None and hasattr(model, "config"):
+        own: Any = model.config
+        config = dict(own) if isinstance(own, dict) else {**own.to_dict(), "architectures": [type(model).__name__]}
+    rest = inputs, ties, config or {}, tokenizer or {}
+    weights = Later(layers, lambda name: _decided(name, layers[name]))
+    if path is None:
+        return Frozen(dict(weights), {n: t.cpu().clone() for n, t in floats.items()}, *rest)
+    shapes = {n: _blank(layer) for n, layer in layers.items()}
+    announced = Frozen(shapes, {n: t.to("meta") for n, t in floats.items()}, *rest)
+    write_frozen(path, announced, Frozen(weights, floats, *rest).tensors())
+    return open_frozen(path)
+
+
+def _decided(name: str, layer: QuantLayer) -> FrozenWeight:
+    assert layer.weight_quantizer is not None
+    with torch.no_grad():
+        matrix = layer.canonical(layer.weight.detach())
+        try:
+            tensor = quantize(matrix, layer.weight_quantizer.qparams(matrix), layer.weight_quantizer.spec)
+        except ValueError as e:
+            raise UserError(f"{name}: {e}") from e
+    return FrozenWeight(tensor, layer.kind, tuple(layer.weight.shape))
+
+
+def _blank(layer: QuantLayer) -> FrozenWeight:
+    """What `_decided` will have the dtypes and shapes of."""
+    assert layer.weight_quantizer is not None
+    rows, cols = layer.canonical(layer.weight.detach()).shape
+    return FrozenWeight(blank((rows, cols), layer.weight_quantizer.spec), layer.kind, tuple(layer.weight.shape))
+
+
+def _floats(model: nn.Module, owners: dict[int, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(parameters and persistent buffers that have no codes, as they are, by name; ties, quantized ones included).
+
+    owners: the name of each quantized parameter by its identity.
+    """
+    owners = dict(owners)
+    quantized = set(owners.values())
     floats: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
     skip = tuple(f"{n}." for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, FakeQuantize))
-    for name, p in names.items():
-        if name.startswith(skip) or name in weights:
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name.startswith(skip) or name in quantized:
             continue
         if id(p) in owners:
             ties[name] = owners[id(p)]
         else:
             owners[id(p)] = name
-            floats[name] = p.detach().cpu().clone()
+            floats[name] = p.detach()
     persistent = model.state_dict()
-    for name, b in model.named_buffers():
-        if name in persistent and not name.startswith(skip):
-            floats[name] = b.detach().cpu().clone()
-    if config is None and hasattr(model, "config"):
-        own: Any = model.config
-        config = dict(own) if isinstance(own, dict) else {**own.to_dict(), "architectures": [type(model).__name__]}
-    return Frozen(weights, floats, inputs, ties, config or {}, tokenizer or {})
+    floats |= {n: b.detach() for n, b in model.named_buffers() if n in persistent and not n.startswith(skip)}
+    return floats, ties
 
 
 def _input(path: str, q: FakeQuantize) -> FrozenInput:

@@ -19,8 +19,8 @@ from torch import Tensor
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError
 from qat.files import atomic_folder, read_manifest, write_manifest
-from qat.scheme import QuantSpec, Scheme, bits_per_weight
-from qat.streams import Later, info, raw, stored, write
+from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
+from qat.streams import Later, info, raw, read, stored, write
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Frozen:
     ties: dict[str, str] = field(default_factory=dict[str, str])
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    _checked: tuple[Mapping[str, str], object, object] = field(
+        default=({}, None, None), init=False, repr=False, compare=False
+    )  # digests that `load` has checked, and the weights and floats that they are of
 
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of every layer with a quantized input, by module path."""
@@ -87,8 +90,10 @@ class Frozen:
         return replace(self, weights=weights, floats={n: t.to("meta") for n, t in self.floats.items()})
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every tensor's dtype, shape and bytes."""
-        return {name: digest(t) for name, t in self.tensors()}
+        """SHA-256 of every tensor's dtype, shape and bytes; those that `load` has checked are not computed again."""
+        known, weights, floats = self._checked
+        same = weights is self.weights and floats is self.floats
+        return dict(known) if same else {name: digest(t) for name, t in self.tensors()}
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The float model's parameters, quantized ones dequantized; aliases included."""
@@ -114,40 +119,42 @@ class Frozen:
             raise UserError(f"{path} is not a frozen folder: it has no frozen.json; give RUN/frozen or RUN")
         manifest = read_manifest(path)
         try:
-            tensors = stored(path / "tensors.safetensors")
+            frozen = open_frozen(path)
         except (SafetensorError, OSError) as e:
             raise VerifyError(f"{path / 'tensors.safetensors'} cannot be read: {e}") from e
-        meta = json.loads((path / "frozen.json").read_text())
-        specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
-
-        def weight(name: str) -> FrozenWeight:
-            entry = meta["weights"][name]
-            q = QTensor(
-                tensors[f"{name}.codes"],
-                tensors[f"{name}.scale"],
-                tensors.get(f"{name}.offset"),
-                specs[name],
-            )
-            return FrozenWeight(q, entry["kind"], tuple(entry["shape"]))
-
-        def part(name: str) -> Tensor | None:
-            return tensors[name].clone() if name in tensors else None  # mapped, each would keep the file open
-
-        inputs = {
-            n: FrozenInput(
-                QuantSpec.from_dict(m["spec"]), m["static"], part(f"{n}.input.scale"), part(f"{n}.input.offset")
-            )
-            for n, m in meta["inputs"].items()
-        }
-        folder = path / "tokenizer"
-        files = sorted(folder.iterdir()) if folder.is_dir() else []
-        tokenizer = {f.name: f.read_bytes() for f in files}
-        floats = Later(meta["floats"], tensors.__getitem__)
-        frozen = cls(Later(specs, weight), floats, inputs, meta["ties"], meta["config"], tokenizer)
-        for name, value in frozen.digests().items():
+        found = frozen.digests()
+        for name, value in found.items():
             if manifest["tensors"].get(name) != value:
                 raise VerifyError(f"{path}: tensor {name} is not the one in the manifest")
+        frozen._checked = found, frozen.weights, frozen.floats
         return frozen
+
+
+def open_frozen(path: Path) -> Frozen:
+    """What `Frozen.load` returns, unchecked: for a folder that this process has just written."""
+    file = path / "tensors.safetensors"
+    tensors = stored(file)
+    meta = json.loads((path / "frozen.json").read_text())
+    specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
+
+    def weight(name: str) -> FrozenWeight:
+        entry, parts = meta["weights"][name], [f"{name}.codes", f"{name}.scale", f"{name}.offset"]
+        codes, scale, *offset = read(file, parts if parts[2] in tensors else parts[:2])
+        q = QTensor(codes, scale, offset[0] if offset else None, specs[name])
+        return FrozenWeight(q, entry["kind"], tuple(entry["shape"]))
+
+    def part(name: str) -> Tensor | None:
+        return tensors[name].clone() if name in tensors else None  # mapped, each would keep the file open
+
+    inputs = {
+        n: FrozenInput(QuantSpec.from_dict(m["spec"]), m["static"], part(f"{n}.input.scale"), part(f"{n}.input.offset"))
+        for n, m in meta["inputs"].items()
+    }
+    folder = path / "tokenizer"
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    tokenizer = {f.name: f.read_bytes() for f in files}
+    floats = Later(meta["floats"], tensors.__getitem__)
+    return Frozen(Later(specs, weight), floats, inputs, meta["ties"], meta["config"], tokenizer)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -191,6 +198,18 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
             (folder / "tokenizer").mkdir(exist_ok=True)
             (folder / "tokenizer" / name).write_bytes(content)
         write_manifest(folder, {"kind": "frozen", "tensors": digests})
+
+
+def blank(shape: tuple[int, int], spec: QuantSpec) -> QTensor:
+    """A quantized matrix (R, C) without storage, on the "meta" device."""
+    r, c = check_block(shape, spec.block)
+    grid = shape[0] // r, shape[1] // c
+    offset = None
+    if spec.offset is not None:
+        dtype = torch.int32 if spec.offset == "zero_point" else stored_dtype(spec.offset)
+        offset = torch.empty(grid, dtype=dtype, device="meta")
+    codes = torch.empty(shape, dtype=spec.type.storage, device="meta")
+    return QTensor(codes, torch.empty(grid, dtype=stored_dtype(spec.scale), device="meta"), offset, spec)
 
 
 def _flat(name: str, parts: dict[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:

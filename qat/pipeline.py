@@ -209,9 +209,10 @@ def run(
         with progress("convert") as outcome:
             report["layers"] = layer_stats(net)
             described = {**_config(net), "name": f"{title} {Path(loaded.source).name}"}
-            frozen = convert(net, config=described, tokenizer=tokenizer_files(loaded.tokenizer))
-            frozen.save(run_dir / "frozen")
+            files = tokenizer_files(loaded.tokenizer)
+            frozen = convert(net, config=described, tokenizer=files, path=run_dir / "frozen")
             outcome.text = f"{len(frozen.weights)} tensors frozen, {frozen.nbytes():,} bytes"
+        del net, loaded  # the exports are written without the float model
         facts: Any = {"title": described["name"], "data": report["data"], "stages": results, "fallback": fallback}
         report["exports"], wrong = ship(frozen, export, run_dir, progress, **facts)
         if (share := recovered(results)) is not None:  # type: ignore[arg-type]

@@ -19,12 +19,16 @@ GROUPS = (256, 128, 64, 32, 16)
 Form = tuple[str, str | QuantSpec | None, Tensor, Tensor | None]  # qtype, offset, codes (R, C), offset's values
 
 
-def regrid(w: FrozenWeight, refuse: Callable[[QuantSpec], str | None]) -> FrozenWeight | None:
-    """`w` itself or the same weights on the first grid that `refuse` lets pass, fewest bits first; None if none does.
+def regrid(
+    w: FrozenWeight,
+    refuse: Callable[[QuantSpec], str | None],
+    refuse_values: Callable[[FrozenWeight], str | None],
+) -> FrozenWeight | None:
+    """`w` itself or the same weights on the first grid that is let pass, fewest bits first; None if none is.
 
-    refuse: of a spec, why it does not fit; None if it does.
+    refuse: of a spec, why it does not fit; None if it does. refuse_values: the same of the very scales and offsets.
     """
-    if refuse(w.tensor.spec) is None:
+    if refuse(w.tensor.spec) is None and refuse_values(w) is None:
         return w
     want = dequantize(w.tensor)
     for form in _forms(w.tensor):
@@ -32,8 +36,11 @@ def regrid(w: FrozenWeight, refuse: Callable[[QuantSpec], str | None]) -> Frozen
             if refuse(spec) is not None:
                 continue
             found = _on(w.tensor, form, spec)
-            if found is not None and torch.equal(dequantize(found), want):
-                return replace(w, tensor=found)
+            if found is None or not torch.equal(dequantize(found), want):
+                continue
+            moved = replace(w, tensor=found)
+            if refuse_values(moved) is None:
+                return moved
     return None
 
 
@@ -57,7 +64,11 @@ def _forms(q: QTensor) -> Iterator[Form]:
     spec = q.spec
     low = spec.type.qmin
     if spec.offset is not None and spec.offset != "zero_point":
+        assert q.offset is not None
         yield spec.qtype, spec.offset, q.codes, q.offset
+        for name in STORED:
+            if name != spec.offset and _holds(q.offset, name):
+                yield spec.qtype, name, q.codes, q.offset.to(STORED[name])
         return
     signed = signed_codes(q)
     extremes = int(signed.min()), int(signed.max())

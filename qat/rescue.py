@@ -43,9 +43,10 @@ def source(path: Path) -> Frozen:
         return frozen
     if target == "gguf":
         file = gguf_file(path)
-        config = config_of(file, frozen.config)
-        if any(name.endswith("q_proj.bias") for name in frozen.floats) and "attention_bias" in config:
-            config["attention_bias"] = True  # the metadata does not say
+        config = {**config_of(file, frozen.config), "tie_word_embeddings": bool(frozen.ties)}
+        for key, layer in (("attention_bias", "q_proj"), ("mlp_bias", "up_proj")):  # the metadata does not say
+            if key in config and any(name.endswith(f"{layer}.bias") for name in frozen.floats):
+                config[key] = True
         frozen = replace(frozen, config=config, tokenizer=tokenizer_of(file))
     else:
         frozen = replace(frozen, tokenizer=_kept(frozen.tokenizer))
@@ -121,10 +122,14 @@ def fit(frozen: Frozen, target: str) -> tuple[Frozen, list[str]]:
         def refuse(spec: QuantSpec, name: str = name, w: FrozenWeight = w) -> str | None:
             return module.refuse(name, w.kind, w.shape, spec, frozen.config)
 
-        found = regrid(w, refuse)
+        def refuse_values(w: FrozenWeight, name: str = name) -> str | None:
+            why = getattr(module, "refuse_values", None)
+            return why and why(name, w, frozen)
+
+        found = regrid(w, refuse, refuse_values)
         if found is None:
             raise UserError(
-                f"export to {target}: {name} ({w.tensor.spec.label()}): {refuse(w.tensor.spec)}. "
+                f"export to {target}: {name} ({w.tensor.spec.label()}): {refuse(w.tensor.spec) or refuse_values(w)}. "
                 "No grid of this target holds the same weights exactly"
             )
         if found is not w:

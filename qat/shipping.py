@@ -18,6 +18,7 @@ from qat.report.card import card
 from qat.report.schema import Export, Fallback, Stages
 from qat.runtimes import environment
 from qat.stages import Stages as Progress
+from qat.verdict import NOT_RUN
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
@@ -65,6 +66,7 @@ def ship(
             if found["unchecked"]:
                 exports[target]["unchecked"] = found["unchecked"]
             wrong += [VerifyError(f"{target}: {d}; what was written is kept as {path}") for d in found["differences"]]
+            wrong += [UserError(f"{target}: {u}") for u in found["unchecked"] if u.startswith(NOT_RUN)]
             outcome.text = _outcome(found)
     return exports, wrong
 

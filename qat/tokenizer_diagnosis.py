@@ -30,7 +30,8 @@ def difference(have: dict[str, bytes], want: dict[str, bytes]) -> str | None:
             loaded.append(_load(files["tokenizer.json"]))
         except Exception as e:  # the library raises plain Exception
             return f"{said} tokenizer.json cannot be read: {str(e)[:100]}"
-    ours, theirs = (t.get_vocab() for t in loaded)
+    # GGUF names the rows of the embedding that no token has
+    ours, theirs = ({t: i for t, i in x.get_vocab().items() if t != f"[PAD{i}]"} for x in loaded)
     if ours != theirs:
         token = min(t for t in {*ours, *theirs} if ours.get(t) != theirs.get(t))
         return f"the tokenizer differs: {token!r} is token {ours.get(token)}, not {theirs.get(token)}"

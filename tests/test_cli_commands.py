@@ -13,12 +13,12 @@ from qat.conversion import convert, prepare
 from qat.errors import VerifyError
 from qat.exporters import export, hf
 from qat.frozen import Frozen
-from qat.models.load import ASSETS
+from qat.models.load import EMBEDDED
 from qat.scheme import QuantSpec, Rule, Scheme
 from qat.stages import Stages
 from qat.verification import verify
 
-FILES = {name: (ASSETS / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+FILES = {name: (EMBEDDED["gpt2_mini"] / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
 RULE = Rule(type="Conv1D", scheme=Scheme(weight=QuantSpec(qtype="int4", block=(1, 32))))
 
 

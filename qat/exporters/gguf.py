@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
-from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH_NAMES
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import quant_shape_to_byte_shape
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
 from qat.exporters.gguf_blocks import BY_GGML, SCHEMES, BlockType, block_type, refuse_grid
 from qat.exporters.gguf_families.base import Family
+from qat.exporters.gguf_header import FILE, describe, embedding_rows, gguf_file, header, read_header, understood
 from qat.exporters.gguf_models import (
     DERIVED,
     FAMILIES,
@@ -29,9 +30,8 @@ from qat.exporters.gguf_models import (
     read_config,
     refuse_model,
     refuse_text,
-    write_metadata,
 )
-from qat.exporters.gguf_tokenizer import PHI3, known_difference, refuse_tokenizer, swallows_spaces, write_tokenizer
+from qat.exporters.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import GELUS, KV_CACHES, QuantSpec, Scheme
 from qat.streams import Later
@@ -46,9 +46,12 @@ __all__ = [
     "as_held",
     "caveats",
     "export",
+    "gguf_file",
+    "header",
     "known_difference",
     "missing_runtime",
     "read",
+    "read_header",
     "refuse",
     "refuse_scheme",
     "refuse_text",
@@ -56,7 +59,6 @@ __all__ = [
     "stored_dtype",
 ]
 
-FILE = "model.gguf"
 _FLOATS = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -121,34 +123,11 @@ def caveats(frozen: Frozen) -> list[str]:
     return out
 
 
-def _name(config: dict[str, Any], tokenizer: dict[str, bytes]) -> str:
-    """`general.name`: the config's own `name` if there is one, else where the model came from.
-
-    llama.cpp reads it: in a model with phi-3 or phi3 in its name, special tokens swallow the spaces after them.
-    """
-    name = str(config.get("name") or config.get("_name_or_path") or config["model_type"])
-    if swallows_spaces(tokenizer):
-        return name if PHI3.search(name) else f"{name} (phi-3)"
-    return PHI3.sub("phi 3", name)
-
-
 def _type(w: FrozenWeight) -> BlockType:
     """The block type of a weight that `refuse` let through."""
     found = block_type(w.tensor.spec)
     assert found is not None
     return found
-
-
-def _file_type(frozen: Frozen) -> LlamaFileType:
-    """By what most quantized weights are, as llama.cpp itself labels files."""
-    sizes: dict[str, int] = {}
-    for w in frozen.weights.values():
-        name = _type(w).ggml.name
-        sizes[name] = sizes.get(name, 0) + w.tensor.codes.numel()
-    if not sizes:
-        return LlamaFileType.ALL_F32
-    most = max(sizes, key=lambda name: sizes[name])
-    return LlamaFileType[f"MOSTLY_{most}_S" if most in ("Q4_K", "Q5_K") else f"MOSTLY_{most}"]
 
 
 def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
@@ -192,15 +171,9 @@ def export(frozen: Frozen, path: Path) -> None:
             raise UserError(f"the input of {module}: {reason}")
     family = FAMILIES[config["model_type"]]
     table = names(config["model_type"], family.n_layers(config))
-    rows = {n: value.shape[0] for n, value in frozen.floats.items() if value.ndim}
-    rows |= {n: w.tensor.codes.shape[0] for n, w in frozen.weights.items()}
-
     writer = GGUFWriter(path / FILE, MODEL_ARCH_NAMES[family.arch])
-    writer.add_name(_name(config, frozen.tokenizer))
-    writer.add_file_type(_file_type(frozen))
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    write_metadata(writer, config)
-    write_tokenizer(writer, frozen.tokenizer, config, rows[f"{family.embedding}.weight"])
+    describe(writer, frozen)
+    write_tokenizer(writer, frozen.tokenizer, config, embedding_rows(frozen))
 
     # all tensors are announced first, then packed and written one by one: no second copy of the model in memory
     extra = family.extra_tensors(config)
@@ -228,16 +201,6 @@ def _reordered(value: Tensor, order: Tensor | None) -> Tensor:
     return value if order is None else value[order]
 
 
-def gguf_file(path: Path) -> Path:
-    """`path` itself, or of a folder its model.gguf, else its one .gguf file. Raises UserError if there is none."""
-    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if path / FILE in found:
-        return path / FILE
-    if len(found) != 1:
-        raise UserError(f"{path} has {len(found)} .gguf files; name one file")
-    return found[0]
-
-
 def read(path: Path) -> Frozen:
     """A GGUF file, of any writer (or a folder with one), -> codes, stored scales and floats under Hugging Face names.
 
@@ -245,10 +208,8 @@ def read(path: Path) -> Frozen:
     if the file cannot be read, UserError for a model or a tensor type that is unknown here.
     """
     file = gguf_file(path)
-    try:
+    with understood(file):
         return _read(file)
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise VerifyError(f"{file} is not a GGUF file that this export wrote: {error!r}") from error
 
 
 def _read(file: Path) -> Frozen:

@@ -4,6 +4,7 @@ from functools import cache
 from typing import Any
 
 from gguf import MODEL_ARCH_NAMES, GGUFWriter, get_tensor_name_map
+from torch import Tensor
 
 from qat.exporters.gguf_families import gemma, gpt2, gpt_neox, llama, phi
 from qat.exporters.gguf_families.base import Config, Family
@@ -70,3 +71,15 @@ def read_config(fields: dict[str, Any]) -> Config:
     model_type = fields.get(MODEL_TYPE, MODEL_TYPES[arch])
     get = {k.removeprefix(f"{arch}."): v for k, v in fields.items() if k.startswith(f"{arch}.")}
     return {"model_type": model_type, **FAMILIES[model_type].read_config(get)}
+
+
+def read_rope(fields: dict[str, Any], derived: dict[str, Tensor]) -> dict[str, Any]:
+    """Metadata and the tensors of DERIVED -> rope_parameters of config.json; nothing for learned positions.
+
+    Raises UserError for rotary positions that config.json cannot be told exactly.
+    """
+    arch = fields["general.architecture"]
+    if arch == MODEL_ARCH_NAMES[FAMILIES["gpt2"].arch]:
+        return {}
+    family = FAMILIES[fields.get(MODEL_TYPE, MODEL_TYPES[arch])]
+    return family.read_rope({k.removeprefix(f"{arch}."): v for k, v in fields.items()}, derived)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError
 from qat.exporters.hf_folder import (
     base_config,
     described,
@@ -140,14 +140,13 @@ def restored(
 ) -> FrozenWeight:
     """One weight from unsigned codes (out, in), zero points and scales (out, in / g).
 
-    Raises VerifyError if a symmetric file's zero points are not the middle code.
+    A file that says it is symmetric, with zero points that are not the middle code, is read as these say.
     """
     bits, said = int(found["bits"]), said_of(name, about or None)
     middle = bool((zero == 2 ** (bits - 1)).all())
-    symmetric = said.offset is None if said else bool(found.get("sym", False)) and middle
-    if symmetric and not middle:
-        raise VerifyError(f"{name} is symmetric, but its zero points are not all {2 ** (bits - 1)}")
-    kind = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
+    symmetric = middle and (said.offset is None if said else bool(found.get("sym", False)))
+    said = None if said and (said.offset is None) != symmetric else said
+    kind: dict[str, Any] = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
     qtype = f"int{bits}"  # signed, which compressed-tensors and torchao hold as well
     block = (1, -1) if int(found.get("group_size", -1)) == -1 else (1, codes.shape[1] // scale.shape[1])
     spec = QuantSpec(qtype=qtype, block=block, scale="float16", **kind)

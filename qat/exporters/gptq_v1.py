@@ -12,7 +12,17 @@ from qat.scheme import Scheme
 RUNTIME = gptq.RUNTIME
 ZERO = "a zero point of 0 cannot be stored in version 1; use target gptq, or a symmetric grid"
 
-__all__ = ["RUNTIME", "caveats", "export", "missing_runtime", "read", "refuse", "refuse_scheme", "refuse_together"]
+__all__ = [
+    "RUNTIME",
+    "caveats",
+    "export",
+    "header",
+    "missing_runtime",
+    "read",
+    "refuse",
+    "refuse_scheme",
+    "refuse_together",
+]
 
 
 def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
@@ -29,3 +39,8 @@ def export(frozen: Frozen, path: Path) -> None:
         if offset is not None and bool((offset == w.tensor.spec.type.qmin).any()):
             raise UserError(f"{name} has a zero point of 0, and {ZERO}")
     gptq.write_version(frozen, path, version=1)
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json. Raises UserError as `export` does."""
+    return gptq.header(frozen, version=1)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
@@ -18,6 +17,7 @@ from qat.exporters.compressed_tensors_read import our_name, ours, translate
 from qat.exporters.hf_folder import (
     base_config,
     float_dtype,
+    opened,
     read_config,
     read_tensors,
     refuse_model,
@@ -32,8 +32,7 @@ from qat.scheme import GELUS, KV_CACHES, QuantSpec
 
 RUNTIME = "transformers_folder"
 # qat.packed computes the first two
-__all__ = ["GELUS", "KV_CACHES", "RUNTIME", "caveats", "export", "read", "refuse"]
-WHOLE_CONFIG = True  # config.json keeps every key of the frozen model's
+__all__ = ["GELUS", "KV_CACHES", "RUNTIME", "caveats", "export", "header", "read", "refuse"]
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
@@ -53,10 +52,18 @@ def export(frozen: Frozen, path: Path) -> None:
     for name, w in frozen.weights.items():
         if reason := refuse(name, w.kind, w.shape, w.tensor.spec, frozen.config or {"": None}):
             raise UserError(f"{name}: {reason}")
-    plain = compressed_tensors.why_not(frozen, float_dtype(frozen)) is None
-    config = base_config(frozen)
-    config |= {"quantization_config": compressed_tensors.describe(frozen) if plain else describe(frozen)}
-    write(path, config, frozen, lambda f: packed_tensors(f, plain))
+    plain = _plain(frozen)
+    write(path, header(frozen), frozen, lambda f: packed_tensors(f, plain))
+
+
+def _plain(frozen: Frozen) -> bool:
+    return compressed_tensors.why_not(frozen, float_dtype(frozen)) is None
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json."""
+    described = compressed_tensors.describe(frozen) if _plain(frozen) else describe(frozen)
+    return base_config(frozen) | {"quantization_config": described}
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -96,10 +103,7 @@ def _described(path: Path, found: dict[str, Any]) -> dict[str, Any]:
     if method != compressed_tensors.METHOD:
         said = f"its quant_method is {method!r}" if method else "it is not quantized"
         raise UserError(f"{path}: {said}; only quant_method 'qat' and 'compressed-tensors' can be read here")
-    try:
-        return translate(found, *_shapes_and_scales(path))
-    except SafetensorError as e:
-        raise VerifyError(f"a weight file of {path} cannot be read: {e}") from e
+    return translate(found, *_shapes_and_scales(path))
 
 
 def _shapes_and_scales(path: Path) -> tuple[dict[str, list[int]], dict[str, torch.dtype]]:
@@ -107,7 +111,7 @@ def _shapes_and_scales(path: Path) -> tuple[dict[str, list[int]], dict[str, torc
     shapes: dict[str, list[int]] = {}
     scales: dict[str, torch.dtype] = {}
     for file in weight_files(path):
-        with safe_open(file, "pt") as f:
+        with opened(file) as f:
             for key in f.keys():  # noqa: SIM118
                 if key.endswith(".weight_shape"):
                     shapes[key.removesuffix("_shape")] = f.get_tensor(key).tolist()

@@ -117,17 +117,24 @@ def weight_files(path: Path) -> list[Path]:
     return [path / n for n in names]
 
 
+@contextmanager
+def opened(file: Path) -> Generator[Any]:
+    """A safetensors file, open. Raises VerifyError if it is damaged."""
+    try:
+        with safe_open(file, "pt") as f:
+            yield f
+    except (SafetensorError, OSError) as e:
+        raise VerifyError(f"{file} cannot be read: {e}") from e
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(every tensor of the folder, the headers' metadata). Raises VerifyError if a file is damaged."""
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in weight_files(path):
-        try:
-            with safe_open(file, "pt") as f:
-                metadata |= f.metadata() or {}
-                tensors |= {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            raise VerifyError(f"{file} cannot be read: {e}") from e
+        with opened(file) as f:
+            metadata |= f.metadata() or {}
+            tensors |= {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     return tensors, metadata
 
 

@@ -80,17 +80,21 @@ def export(frozen: Frozen, path: Path) -> None:
         raise UserError(f"{module}: {refuse_scheme(scheme, frozen.config)}")
     if not frozen.weights:
         raise UserError("no weight is quantized, and MLX's affine folder is made of those")
-    grids: dict[str, dict[str, int]] = {}
-    dtype = float_dtype(frozen)
     for name, w in frozen.weights.items():
-        if any(not torch.equal(t.to(dtype).float(), t) for t in scales(w)):
-            raise UserError(f"{name} has scales or biases that {dtype} cannot hold: use 'portable' for both")
-        module = _theirs(name).removesuffix(".weight")
-        grids[module] = {"group_size": w.tensor.spec.block[1], "bits": w.tensor.spec.type.bits}
-    first = next(iter(grids.values()))
+        if why := refuse_values(name, w, frozen):
+            raise UserError(why)
+    write(path, header(frozen), frozen, _tensors)
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json."""
+    grids: dict[str, dict[str, int]] = {}
+    for name in sorted(frozen.weights):
+        module, spec = _theirs(name).removesuffix(".weight"), frozen.weights[name].tensor.spec
+        grids[module] = {"group_size": spec.block[1], "bits": spec.type.bits}
+    first = next(iter(grids.values()), {})
     quantization = {**first, "mode": "affine", **{m: g for m, g in grids.items() if g != first}}
-    config = base_config(frozen) | described(frozen) | _old_keys(frozen.config) | {"quantization": quantization}
-    write(path, config, frozen, _tensors)
+    return base_config(frozen) | described(frozen) | _old_keys(frozen.config) | {"quantization": quantization}
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -117,6 +121,14 @@ def scales(w: FrozenWeight) -> tuple[Tensor, Tensor]:
     q = w.tensor
     scale = q.scale.float()
     return scale, scale * q.spec.type.qmin if q.offset is None else q.offset.float()
+
+
+def refuse_values(name: str, w: FrozenWeight, frozen: Frozen) -> str | None:
+    """Why the folder cannot hold these very scales and biases, which lie in the model's dtype; None if it can."""
+    dtype = float_dtype(frozen)
+    if all(torch.equal(t.to(dtype).float(), t) for t in scales(w)):
+        return None
+    return f"{name} has scales or biases that {dtype} cannot hold: use 'portable' for both"
 
 
 def _tensors(frozen: Frozen) -> Iterator[tuple[str, Tensor]]:
@@ -166,17 +178,17 @@ def read(path: Path) -> Frozen:
 
 
 def _weight(name: str, parts: list[Tensor], bits: int, group: int, about: dict[str, Any] | None) -> FrozenWeight:
-    """Raises ValueError if a symmetric grid's biases are not what its scales ask for."""
+    """A grid that is said to be symmetric and whose biases say otherwise is read as they say, for `verify` to name."""
     packed, scale, bias = parts
     codes = unpack(packed.view(torch.int32), bits, scale.shape[1] * group)
     said = said_of(name, about)
     stored = str(scale.dtype).removeprefix("torch.")
-    if said is not None and said.offset is None:
-        spec = QuantSpec(qtype=f"int{bits}", block=(1, group), scale=stored)
-        if not torch.equal(bias.float(), scale.float() * spec.type.qmin):
-            raise ValueError(f"{name} is symmetric, but its biases are not scale * {spec.type.qmin}")
+    spec = QuantSpec(qtype=f"int{bits}", block=(1, group), scale=stored)
+    symmetric = torch.equal(bias.float(), scale.float() * spec.type.qmin)
+    if said is not None and said.offset is None and symmetric:
         w = frozen_weight(codes, scale, None, spec, said)
     else:
+        said = None if said is not None and said.offset is None else said
         spec = QuantSpec(qtype=f"uint{bits}", block=(1, group), range="mlx", scale=stored, offset=stored)
         w = frozen_weight(codes, scale, bias.contiguous(), spec, said)
     if about is not None:

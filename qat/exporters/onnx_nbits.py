@@ -61,7 +61,8 @@ def encode(held: QTensor) -> tuple[Tensor, Tensor, Tensor]:
     spec, (rows, cols) = held.spec, (held.codes.shape[0], held.codes.shape[1])
     block = check_block((rows, cols), spec.block)[1]
     bits, shift = spec.type.bits, _shift(spec)
-    data = _bytes(held.codes.to(torch.int16) + shift, bits).reshape(rows, cols // block, -1)
+    codes = held.codes.contiguous().view(torch.uint8) + shift  # uint8 wraps, as it should
+    data = _bytes(codes, bits).reshape(rows, cols // block, -1)
     zero = torch.zeros_like(held.scale, dtype=torch.int32) if held.offset is None else held.offset
     return data, held.scale.float().contiguous(), _bytes(zero + shift, bits)
 

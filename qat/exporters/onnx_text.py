@@ -74,13 +74,18 @@ def export(frozen: Frozen, path: Path) -> None:
     logits = family.build(graph, frozen.config)
     graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits"))
     model = _model(graph, frozen, family)
-    size = sum(len(t.raw_data) for t in model.graph.initializer)
+    size = 0
+    for name in list(graph.constants):  # one message has to hold them all: it gets each as the graph gives it up
+        tensor = graph.constants.pop(name)
+        size += len(tensor.raw_data)
+        model.graph.initializer.append(tensor)
+        del tensor
     if size < PROTOBUF_LIMIT:
-        onnx.checker.check_model(model)
         path.write_bytes(model.SerializeToString(deterministic=True))
     else:
         onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=4096)
-        onnx.checker.check_model(str(path))
+    del model  # the check reads it again
+    onnx.checker.check_model(str(path))
 
 
 def _model(graph: TextGraph, frozen: Frozen, family: ModuleType) -> onnx.ModelProto:
@@ -93,7 +98,7 @@ def _model(graph: TextGraph, frozen: Frozen, family: ModuleType) -> onnx.ModelPr
             for name, length, into in ((f"past_key_values.{i}", "past", inputs), (f"present.{i}", "total", outputs)):
                 shape = ["batch", heads, f"{length}_sequence", dim]
                 into.append(helper.make_tensor_value_info(f"{name}.{part}", TensorProto.FLOAT, shape))
-    made = helper.make_graph(graph.nodes, frozen.config["model_type"], inputs, outputs, [*graph.constants.values()])
+    made = helper.make_graph(graph.nodes, frozen.config["model_type"], inputs, outputs)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
     model = helper.make_model(made, opset_imports=opsets, ir_version=IR_VERSION, producer_name="qat")
     told = {

@@ -13,6 +13,7 @@ from qat.exporters.onnx_nbits import decode
 from qat.exporters.onnx_read import stored
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec
+from qat.streams import Later
 
 BLOCKS = {"MatMulNBits": 1, "GatherBlockQuantized": 0}  # the input that holds codes; scales and zero points: 2 and 3
 
@@ -27,7 +28,8 @@ class _Reader:
     def __init__(self, model: onnx.ModelProto, told: dict[str, Any]) -> None:
         self.told = told
         self.nodes = {n.name: n for n in model.graph.node}
-        self.constants = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+        held = {t.name: t for t in model.graph.initializer}
+        self.constants = Later(held, lambda name: torch.from_numpy(numpy_helper.to_array(held[name]).copy()))
         views = [n for n in model.graph.node if n.op_type in ("Reshape", "Transpose")]
         self.views = {n.output[0]: n.input[0] for n in views if n.input[0] in self.constants}
 
@@ -53,7 +55,7 @@ class _Reader:
                 inputs[module] = given
         parts = {part for sources in used.values() for part in sources}
         parts |= {f"{module}.input.{part}" for module in inputs for part in ("scale", "zero_point")}
-        floats = {n: t for n, t in self.constants.items() if not n.startswith("/") and n not in parts}
+        floats = {n: self.constants[n] for n in self.constants if not n.startswith("/") and n not in parts}
         return Frozen(weights, floats, inputs, ties, self.told["config"])
 
     def sources(self, node: NodeProto) -> list[str]:
@@ -84,7 +86,7 @@ class _Reader:
             codes, scale, offset = data, scale.reshape(-1, 1), None
             if codes.dtype != spec.type.storage:
                 raise VerifyError(f"{name}: the codes are {codes.dtype}, not {spec.type.storage}")
-        tensor = QTensor(codes, stored(scale, spec, name), offset, spec)
+        tensor = QTensor(codes, stored(scale, spec), offset, spec)
         shape = (codes.shape[0], codes.shape[1])
         return FrozenWeight(tensor, kind, shape[::-1] if kind == "Conv1D" else shape)
 
@@ -105,4 +107,4 @@ class _Reader:
         if zero.dtype != spec.type.storage or (spec.offset is None and zero.any()):
             raise VerifyError(f"{module}: its input's zero point is not of {spec.label()}")
         offset = None if spec.offset is None else zero.to(torch.int32).reshape(1, 1)
-        return FrozenInput(spec, True, stored(scale.reshape(1, 1), spec, module), offset)
+        return FrozenInput(spec, True, stored(scale.reshape(1, 1), spec), offset)

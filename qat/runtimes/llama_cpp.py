@@ -24,7 +24,7 @@ from gguf import GGUFReader
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
-from qat.exporters.gguf import gguf_file
+from qat.exporters.gguf_header import gguf_file
 from qat.exporters.gguf_models import KV_CACHE
 from qat.progress import told
 from qat.runtimes import main

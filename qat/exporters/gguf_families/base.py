@@ -9,6 +9,8 @@ from typing import Any
 from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType
 from torch import Tensor
 
+from qat.errors import UserError
+
 Config = dict[str, Any]
 
 ATTENTION = tuple(f"self_attn.{m}" for m in ("q_proj", "k_proj", "v_proj", "o_proj"))
@@ -148,3 +150,26 @@ class Family:
             **norm,
             "rope_theta": get.get("rope.freq_base", 10000.0),
         }
+
+    def read_rope(self, get: dict[str, Any], derived: dict[str, Tensor]) -> dict[str, Any]:
+        """rope_parameters from the metadata without its prefix and the tensors that `extra_tensors` has.
+
+        Raises UserError for a kind of rotary positions that config.json cannot be told exactly.
+        """
+        known = {"type", "factor", "original_context_length", "finetuned"}
+        said = {k.removeprefix("rope.scaling."): v for k, v in get.items() if k.startswith("rope.scaling.")}
+        said = {"factor": get.get("rope.scale_linear", 1.0), **said}  # the name before there was more than one kind
+        kind = said.get("type", "linear")
+        odd = sorted(said.keys() - known) or sorted(derived) or [kind] * (kind not in ("none", "linear", "yarn"))
+        if odd:
+            raise UserError(f"the file's rotary positions ({odd[0]}) are of a kind that cannot be carried over exactly")
+        rope = {"rope_type": "default", "rope_theta": get.get("rope.freq_base", 10000.0)}
+        if kind != "none" and said["factor"] not in (0.0, 1.0):
+            rope |= {"rope_type": kind, "factor": said["factor"]}
+            if kind == "yarn":
+                rope["original_max_position_embeddings"] = said.get("original_context_length", get["context_length"])
+        width = get.get("attention.key_length", get["embedding_length"] // get["attention.head_count"])
+        part = get.get("rope.dimension_count", width) / width
+        if part != 1.0 and not self.partial_rotary:
+            raise UserError(f"the file rotates {part:g} of each head, which this model's config.json cannot say")
+        return {**rope, "partial_rotary_factor": part} if self.partial_rotary else rope

@@ -39,9 +39,7 @@ class Windowed(Gemma):
 
     def refuse(self, config: Config) -> str | None:
         kind = config["model_type"]
-        dim = self.head_dim(config)
-        if config["num_hidden_layers"] == self.big:
-            dim = config["hidden_size"] // config["num_attention_heads"]
+        dim = self.scaled_width(config)
         if config["query_pre_attn_scalar"] != dim:
             return f"llama.cpp's {kind} divides by sqrt({dim}), not by that of {config['query_pre_attn_scalar']}"
         if not config.get("sliding_window"):
@@ -49,6 +47,12 @@ class Windowed(Gemma):
         if self.pattern(config) is None:
             return f"llama.cpp's {kind} wants full attention in every n-th layer and sliding_attention in the others"
         return super().refuse(config)
+
+    def scaled_width(self, config: Config) -> int:
+        """llama.cpp divides attention by the square root of this."""
+        if config["num_hidden_layers"] == self.big:
+            return config["hidden_size"] // config["num_attention_heads"]
+        return self.head_dim(config)
 
     def pattern(self, config: Config) -> int | None:
         """n where every n-th layer sees everything (more than the layers: none does); None for another order."""
@@ -70,7 +74,8 @@ class Windowed(Gemma):
         n = get["attention.sliding_window_pattern"]
         kinds = ["full_attention" if (i + 1) % n == 0 else "sliding_attention" for i in range(get["block_count"])]
         more = {"sliding_window": get["attention.sliding_window"], "layer_types": kinds}
-        return {**super().read_config(get), **more}
+        config = {**super().read_config(get), **more}
+        return {**config, "query_pre_attn_scalar": self.scaled_width(config)}
 
 
 class Gemma2(Windowed):
@@ -114,6 +119,10 @@ class Gemma3(Windowed):
     def write_metadata(self, w: GGUFWriter, config: Config) -> None:
         super().write_metadata(w, config)
         w.add_rope_freq_base_swa(self.sliding_rope(config)["rope_theta"])
+
+    def read_rope(self, get: dict[str, Any], derived: dict[str, Tensor]) -> dict[str, Any]:
+        sliding = {"rope_type": "default", "rope_theta": get.get("rope.freq_base_swa", 10000.0)}
+        return {"full_attention": super().read_rope(get, derived), "sliding_attention": sliding}
 
 
 _OF_GEMMA: dict[str, Any] = {"activations": TANH_GELU[::-1], "tied": True}

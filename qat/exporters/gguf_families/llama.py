@@ -1,11 +1,13 @@
 """Llama, Mistral, Qwen2 and Qwen3: SwiGLU decoders with rotary positions and RMS norms."""
 
 import math
+from typing import Any
 
 import torch
 from gguf import MODEL_ARCH
 from torch import Tensor
 
+from qat.errors import UserError
 from qat.exporters.gguf_families.base import ATTENTION, GATED_MLP, Config, Family
 
 LAYER = ("input_layernorm", *ATTENTION, "post_attention_layernorm", *GATED_MLP)
@@ -40,6 +42,23 @@ class Llama(LlamaLike):
         wavelength = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         smooth = ((old / wavelength - low) / (high - low)).clamp(0, 1)
         return {"rope_freqs.weight": (1 / ((1 - smooth) / rope["factor"] + smooth)).float()}
+
+    def read_rope(self, get: dict[str, Any], derived: dict[str, Tensor]) -> dict[str, Any]:
+        """Llama 3's own from its divisors: they are the same for one multiple of both frequency factors and the
+        original length, so the published factors 1 and 4 are taken. Raises UserError if other divisors are there."""
+        rest = {name: value for name, value in derived.items() if name != "rope_freqs.weight"}
+        rope = super().read_rope(get, rest)
+        if rest == derived:
+            return rope
+        divisors = derived["rope_freqs.weight"].float()
+        rope |= {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0}
+        for power in range(4, 24):
+            rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 2**power}
+            config = {"head_dim": 2 * len(divisors), "rope_parameters": rope}
+            made = self.extra_tensors(config)["rope_freqs.weight"]
+            if made.shape == divisors.shape and torch.allclose(made, divisors, rtol=1e-5, atol=0):
+                return rope
+        raise UserError("the file's rope_freqs are not Llama 3's, which config.json could say")
 
 
 _LLAMA = Llama(MODEL_ARCH.LLAMA, LAYER, ropes=("default", "linear", "yarn", "llama3"))

@@ -1,6 +1,7 @@
 """Phi 1 and 2: attention and MLP side by side, GELU, biases. Phi 3: Llama's layers with q/k/v and gate/up fused."""
 
 import math
+from typing import Any
 
 import torch
 from gguf import MODEL_ARCH, GGUFWriter
@@ -68,6 +69,18 @@ class Phi3(Family):
         scale = rope.get("attention_factor")
         w.add_rope_scaling_orig_ctx_len(original)
         w.add_rope_scaling_attn_factors(usual if scale is None else scale)
+
+    def read_rope(self, get: dict[str, Any], derived: dict[str, Tensor]) -> dict[str, Any]:
+        if not derived:
+            return super().read_rope(get, derived)
+        ours = ("rope.scaling.attn_factor", "rope.scaling.original_context_length")
+        rope = super().read_rope({k: v for k, v in get.items() if k not in ours}, {})
+        rope |= {
+            f"{kind}_factor": derived[f"rope_factors_{kind}.weight"].float().tolist() for kind in ("long", "short")
+        }
+        original = get["rope.scaling.original_context_length"]
+        more = {"original_max_position_embeddings": original, "attention_factor": get.get(ours[0], 1.0)}
+        return {**rope, **more, "rope_type": "longrope"}
 
 
 FAMILIES: dict[str, Family] = {
