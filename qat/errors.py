@@ -1,12 +1,15 @@
 """The two failures a command reports without a traceback, and the exit code of each."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EEXIST)
+DISK = (*WRITING, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 FULL = "No space left on device"
+SHORT = re.compile(r"\d+ requested and \d+ written")  # numpy's words for a disk that is full
 
 
 class UserError(Exception):
@@ -49,10 +52,12 @@ def disk_errors(path: Path | None = None) -> Iterator[None]:
     except UserError:  # named already
         raise
     except Exception as error:
-        full = FULL in str(error)  # safetensors has an exception of its own for it
+        full = FULL in str(error) or SHORT.match(str(error))  # safetensors has an exception of its own for it
         if not full and not (isinstance(error, OSError) and error.errno in DISK):
             raise
         opened = getattr(error, "filename", None)  # of a copy that finds the disk full, it is the source
         where = (path if full else None) or opened or path or "to the disk"
         why = FULL if full else getattr(error, "strerror", None) or str(error)
+        if not path and not full and getattr(error, "errno", None) not in WRITING:
+            raise UserError(f"cannot open {where}: {why}; give another, or the permissions it needs") from error
         raise UserError(f"cannot write {where}: {why}; free some space there or write elsewhere") from error

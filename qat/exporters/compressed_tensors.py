@@ -25,6 +25,9 @@ def why_not(frozen: Frozen, dtype: torch.dtype) -> str | None:
     """Why vLLM could not compute this exactly from a folder of `dtype` floats; None if it can."""
     if not frozen.weights:
         return "no weight is quantized"
+    for key in ("gelu", "kv_cache"):
+        if value := frozen.config.get(key):
+            return f"it was trained with {key}={value}"
     for name, w in frozen.weights.items():
         given = frozen.inputs.get(name.removesuffix(".weight"))
         reason = _weight(w, name in frozen.ties.values(), dtype) or (given and _input(given, w.tensor.spec, dtype))

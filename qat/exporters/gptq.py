@@ -35,6 +35,8 @@ from qat.scheme import QuantSpec
 RUNTIME = "transformers_folder"
 METHOD = "gptq"
 BITS = (2, 4, 8)
+# where transformers' loader looks for layers (optimum.gptq.constants.BLOCK_PATTERNS)
+BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 __all__ = [
@@ -57,9 +59,11 @@ def missing_runtime() -> str | None:
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
     """Why GPTQ cannot hold this parameter, and what to do; None if it can."""
-    if spec is not None and spec.type.bits not in BITS:
-        return f"{spec.type.bits} bits do not fill words; int{min(BITS, key=lambda b: abs(b - spec.type.bits))} does"
-    return gptq_layout.refuse(kind, shape, spec, config, METHOD)
+    if why := gptq_layout.refuse(kind, shape, spec, config, METHOD, BITS):
+        return why
+    if spec is not None and config and not name.startswith(BLOCKS):
+        return f"transformers looks for GPTQ layers in {', '.join(BLOCKS)} alone; leave it out of the rules"
+    return None
 
 
 def export(frozen: Frozen, path: Path) -> None:
