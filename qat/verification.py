@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qat import diagnosis, evaluation
 from qat.errors import UserError
-from qat.exporters import as_held, identify, made_of_others, read_any, target_module
+from qat.exporters import as_held, identify, made_of_others, read, read_any, target_module
 from qat.exporters.gguf import gguf_file
 from qat.exporters.gguf_models import same_model
 from qat.files import read_manifest
@@ -45,7 +45,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
     verdict = Verdict(target)
     folder = path.parent if path.is_file() else path
     base = Path(against) if against is not None else own_run(folder)
-    written = None if hasattr(module, "UNREADABLE") else module.read(path)
+    written = None if hasattr(module, "UNREADABLE") else read(module, path)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     verdict.figures |= {"path": str(path), "bytes": size}
     if written is not None:

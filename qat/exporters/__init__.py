@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from qat.errors import UserError
+from qat.exporters.reading import read
 from qat.files import MANIFEST, atomic_folder, read_manifest, write_manifest
 from qat.frozen import Frozen
 
@@ -106,8 +107,8 @@ def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} {'is no file and no folder' if path.exists() else 'does not exist'}")
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         return str(manifest.get("target", manifest["kind"])), manifest
@@ -128,7 +129,7 @@ def read_any(path: Path) -> Frozen:
     if (path / "frozen.json").is_file():
         return Frozen.load(path)
     target, _ = identify(path)
-    return target_module(target).read(path)
+    return read(target_module(target), path)
 
 
 def _method(folder: Path) -> str:

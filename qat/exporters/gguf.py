@@ -6,6 +6,7 @@ Codes and stored scales are packed as they are; norms, biases, positions and unq
 import math
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -216,18 +217,13 @@ def gguf_file(path: Path) -> Path:
 def read(path: Path) -> Frozen:
     """A GGUF file, of any writer (or a folder with one), -> codes, stored scales and floats under Hugging Face names.
 
-    The tokenizer is not turned back into a tokenizer.json; `config` holds what the metadata says. Raises VerifyError
-    if the file cannot be read, UserError for a model or a tensor type that is unknown here.
+    The tokenizer is not turned back into a tokenizer.json; `config` holds what the metadata says. Raises UserError for
+    a model or a tensor type that is unknown here, VerifyError for unknown or overlapping tensors, and anything (see
+    reading.py) if the file is damaged.
     """
     file = gguf_file(path)
-    try:
-        return _read(file)
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise VerifyError(f"{file} is not a GGUF file that this export wrote: {error!r}") from error
-
-
-def _read(file: Path) -> Frozen:
     reader = GGUFReader(file)
+    _refuse_overlap(file, reader)
     fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")}
     if fields.get("general.architecture") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
@@ -258,6 +254,14 @@ def _read(file: Path) -> Frozen:
     tied = "output.weight" not in {t.name for t in reader.tensors}
     ties = {f"{family.head}.weight": f"{family.embedding}.weight"} if tied else {}
     return Frozen(weights, floats, ties=ties, config=config)
+
+
+def _refuse_overlap(file: Path, reader: GGUFReader) -> None:
+    """Raises VerifyError for two tensors that share bytes, as no writer makes them."""
+    tensors = sorted(reader.tensors, key=lambda t: int(t.data_offset))
+    for a, b in pairwise(tensors):
+        if int(a.data_offset) + int(a.n_bytes) > int(b.data_offset):
+            raise VerifyError(f"{file}: the tensors {a.name} and {b.name} overlap")
 
 
 def _read_weight(name: str, data: np.ndarray, block: BlockType, back: Tensor | None, family: Family) -> FrozenWeight:
