@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_checkpoints import gptq
+from foreign_checkpoints import gptq, llama_gguf
+from gguf import GGMLQuantizationType, GGUFReader
 from parity import rules, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -81,3 +82,140 @@ def test_any_value_in_a_configuration(name: str, tmp_path: Path) -> None:
             except Exception as error:
                 wrong.append(f"{place} = {value!r}: {error!r}")
     assert not wrong, "\n".join(wrong)
+
+
+def first(stored: dict[str, Tensor], end: str) -> str:
+    return next(name for name in sorted(stored) if name.endswith(end))
+
+
+def spoiled(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda t: t.index_fill(-1, torch.tensor([0]), value)
+
+
+# what is done to a sound GPTQ folder, as AutoGPTQ writes it: to one tensor, or to its quantization_config; what is said
+TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "zero points for one group of two": ("qzeros", lambda t: t[:1].clone(), "zero points"),
+    "no scales": ("scales", lambda t: t[:0].clone(), "ZeroDivisionError"),
+    "one scale": ("scales", lambda t: t[0, 0].clone(), "decoded"),
+    "one word": ("qweight", lambda t: t[0, 0].clone(), "decoded"),
+    "one order": ("g_idx", lambda t: t[0].clone(), "decoded"),
+    "a scale of NaN": ("scales", spoiled(float("nan")), "NaN or infinite values in its scales"),
+    "an infinite scale": ("scales", spoiled(float("inf")), "NaN or infinite values in its scales"),
+    "a norm of NaN": ("norm.weight", spoiled(float("nan")), "holds NaN or infinite values"),
+    "an infinite embedding": ("embed_tokens.weight", spoiled(float("-inf")), "holds NaN or infinite values"),
+}
+SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "marlin": ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not known"),
+    "no version": ({"checkpoint_format": None}, "checkpoint_format None is not known"),
+    "other groups": ({"group_size": 64}, "group_size 64 with scales"),
+    "no groups": ({"group_size": 0}, "group_size 0 with scales"),
+    "whole rows": ({"group_size": -1}, "group_size -1 with scales"),
+    "no bits": ({"bits": 0}, "codes of 0 bits"),
+    "null bits": ({"bits": None}, "decoded"),
+    "many bits": ({"bits": 10**9}, "codes of 1000000000 bits"),
+}
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gptq") / "theirs"
+    gptq(folder, 1, symmetric=True, group=32)
+    assert source(folder).weights
+    return folder
+
+
+def copied(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        os.link(file, to / file.name)
+    return to
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_that_no_writer_meant(name: str, theirs: Path, tmp_path: Path) -> None:
+    end, change, said = TENSORS[name]
+    folder = copied(theirs, tmp_path / "x")
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    key = first(stored, end)
+    save_file({**stored, key: change(stored[key])}, folder / "model.safetensors")
+    with pytest.raises(VerifyError, match=said):
+        source(folder)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_no_writer_meant(name: str, theirs: Path, tmp_path: Path) -> None:
+    change, said = SETTINGS[name]
+    folder = copied(theirs, tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(changed(config, ("quantization_config",), config["quantization_config"] | change))
+    with pytest.raises((UserError, VerifyError), match=said):
+        source(folder)
+
+
+def test_groups_that_the_configuration_does_not_name(theirs: Path, tmp_path: Path) -> None:
+    folder = copied(theirs, tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    for value in (..., None):
+        (folder / "config.json").write_text(changed(config, ("quantization_config", "group_size"), value))
+        assert source(folder).digests() == source(theirs).digests()
+
+
+def folder_in_place(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def looping(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+FILES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "folder": ("model.safetensors", folder_in_place),
+    "loop": ("model.safetensors", looping),
+    "dangling": ("model.safetensors", lambda f: (f.unlink(), f.symlink_to("nowhere"))),
+    "number": ("model.safetensors.index.json", lambda f: f.write_text('{"weight_map": {"a": 7}}')),
+    "list": ("model.safetensors.index.json", lambda f: f.write_text("[]")),
+    "deep": ("config.json", lambda f: (f.unlink(), f.write_text("[" * 100_000))),
+    "text": ("config.json", lambda f: (f.unlink(), f.write_text('"quantization_config"'))),
+    "no config": ("config.json", folder_in_place),
+    "empty manifest": ("manifest.json", lambda f: f.write_text("[]")),
+    "odd manifest": ("manifest.json", lambda f: f.write_text('{"kind": "export", "files": {"a": 7}, "tensors": {}}')),
+    "no tensors": ("manifest.json", lambda f: f.write_text('{"kind": "export", "files": {}, "tensors": 7}')),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_none(name: str, theirs: Path, tmp_path: Path) -> None:
+    file, change = FILES[name]
+    folder = copied(theirs, tmp_path / "x")
+    change(folder / file)
+    for what in (lambda: source(folder), lambda: verify(folder, against=theirs, runtime=False)):
+        with pytest.raises((UserError, VerifyError), match=r"x|config"):
+            what()
+
+
+def test_gguf_tensors_that_share_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    llama_gguf(file, GGMLQuantizationType.Q4_0)
+    fields = {t.name: t.field for t in GGUFReader(file, "r+").tensors}
+    one, other = (fields[f"blk.{i}.ffn_up.weight"].parts[-1] for i in (0, 1))
+    one[:] = other
+    one.base.flush()
+    with pytest.raises(VerifyError, match=r"the tensors blk.*ffn_up.weight overlap"):
+        source(file)
+
+
+def test_any_bit_of_a_gguf_header(tmp_path: Path) -> None:
+    file = tmp_path / "x.gguf"
+    llama_gguf(file, GGMLQuantizationType.Q4_0)
+    whole = file.read_bytes()
+    chance = random.Random(0)
+    for _ in range(12):
+        at = chance.randrange(700) if chance.random() < 0.7 else chance.randrange(len(whole))
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
+        with contextlib.suppress(UserError, VerifyError):
+            source(file)
