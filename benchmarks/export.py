@@ -99,18 +99,17 @@ def step(name: str, target: str, params: str, folder: Path) -> dict[str, float]:
     exporter, chosen = scheme(target)
     target_module(exporter)
     before = resident()
+    sums: dict[str, float] = {}
     if name == "freeze":
-        net = qat.prepare(model(params), chosen["rules"])
+        net: Any = qat.prepare(model(params), chosen["rules"])
         sizes = [p.numel() * 4 for p in net.parameters()]
         config = {**net.config.to_dict(), "architectures": ["LlamaForCausalLM"]}
         files = tokenizer_files(load(None, name="gpt2_mini").tokenizer)
         found = measured(lambda: qat.convert(net, config=config, tokenizer=files, path=folder / "frozen"))
         sums = {"float": sum(sizes), "layer": max(sizes)}
     elif name == "export":
-        sums = {}
         found = measured(lambda: export(Frozen.load(folder / "frozen"), exporter, folder / "out"))
     else:
-        sums = {}
         found = measured(lambda: verify(folder / "out", against=folder / "frozen", runtime=False).raise_if_different())
     return sums | {"peak": found[0] - before, "seconds": found[1], "cpu": found[2]}
 

@@ -1,74 +1,45 @@
 """What was trained against what the runtime computes, for every target of configs/target: prints and writes a table.
 
-    python benchmarks/parity.py                 # all targets, to docs/parity.md
-    python benchmarks/parity.py llama_cpp       # these only, printed
+    python benchmarks/parity.py                       # all targets, into docs/parity.md
+    python benchmarks/parity.py llama_cpp             # this one, printed
+    python benchmarks/parity.py llama_cpp --write     # and its rows replace those in docs/parity.md
 
-Each scheme is put on the embedded model (round-to-nearest: parity does not depend on training) and on a random Llama
-with norms that are not 1, exported, read back and run in the real runtime. Logit errors are relative to the largest
-logit, over 50 prompts of 8 to 12 tokens; "spread" is how far the simulation in float32 and in float64 differ, which
-no comparison can undercut once activations are rounded. Perplexity is over 16 windows of 256 tokens of the embedded
-evaluation text. Greedy: of 64 next tokens, how many agree before the first that differs, and the margin between the
-two best there.
+Each scheme is put on the embedded models (round-to-nearest: parity does not depend on training) and on random Llamas
+with norms that are not 1, exported, read back and run in the real runtime. docs/parity.md says what the columns mean.
 """
 
 import argparse
 import copy
+import multiprocessing
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import parity_table as table
 import torch
 from hydra.utils import instantiate
 from machine import machine
 from omegaconf import OmegaConf
+from parity_causes import as_transformers, cause
+from parity_spread import others, spreads, step
+from parity_subjects import RANDOM, Subject, subjects
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
 from qat import evaluation, runtimes
 from qat.conversion import calibrate
-from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError
 from qat.exporters import export, target_module
-from qat.models.load import load
+from qat.models.load import EMBEDDED
 from qat.recipes import CONFIGS
-from qat.shipping import tokenizer_files, verify_apart
+from qat.verification import verify
 
-WINDOWS, PROMPTS, GREEDY = 16, 50, 64
-HEAD = (
-    "| target | export | model | codes, weights | logits: median | within 2e-6 | spread | perplexity | in the runtime "
-    "| greedy | runtime |"
-)
-
-
-class Subject(NamedTuple):
-    """A float model, its tokenizer's files, and text to score; prompts [n][8..12] and one to continue."""
-
-    name: str
-    model: Any
-    files: dict[str, bytes]
-    batch: dict[str, Tensor]
-
-
-def embedded() -> Subject:
-    loaded = load(None, name="gpt2_mini")
-    data = StdlibData(block_size=256, batch_size=8)
-    data.attach(loaded.tokenizer)
-    return Subject("gpt2_mini", loaded.model, tokenizer_files(loaded.tokenizer), data.evaluation("test", WINDOWS))
-
-
-def random_llama(like: Subject, dtype: torch.dtype) -> Subject:
-    """256 wide, grouped heads, untied; weights exact in `dtype`, so they are what a checkpoint of it would hold."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    tokens = {"vocab_size": like.model.config.vocab_size, "bos_token_id": 0, "eos_token_id": 0}
-    model = LlamaForCausalLM(LlamaConfig(**shape, **heads, **tokens, max_position_embeddings=512)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_((p + 0.1 * torch.randn_like(p)).mul(0.5).to(dtype))
-    name = f"random Llama, {str(dtype).removeprefix('torch.')}"
-    return Subject(name, model, like.files, {k: v[:4] for k, v in like.batch.items()})
+PROMPTS, GREEDY = 50, 64
+SUBJECTS: dict[str, Subject] = {}  # of this process
 
 
 @torch.no_grad()
@@ -86,15 +57,26 @@ def continued(net: Any, prompt: list[int]) -> list[int]:
     return ids
 
 
-def row(target: str, exporter: str, subject: Subject) -> str:
-    """One line of the table; raises UserError where the target refuses the model or its runtime is missing."""
+def row(target: str, exporter: str, subject: Subject) -> table.Row:
+    """One line of the table."""
+    key = [target, exporter, subject.name]
+    module = target_module(exporter)
+    if missing := getattr(module, "missing_runtime", lambda: None)():
+        return table.without_figures(key, "not run", missing)
+    try:
+        return table.Row([*key, *figures(target, exporter, subject)])
+    except (UserError, VerifyError) as error:
+        verb = "refused" if isinstance(error, UserError) else "**FAILED**"
+        return table.without_figures(key, verb, str(error))
+
+
+def figures(target: str, exporter: str, subject: Subject) -> list[str]:
+    """The cells of a row. Raises UserError where the target refuses the model, VerifyError where its runtime fails."""
     composed: Any = OmegaConf.load(CONFIGS / "target" / f"{target}.yaml")
     name = next(d["override /scheme"] for d in composed.defaults if "override /scheme" in d)
     scheme = instantiate(OmegaConf.load(CONFIGS / "scheme" / f"{name}.yaml"), _convert_="all")
     simulated = {k: v for k, v in {**scheme, **composed.get("scheme", {})}.items() if k != "rules"}
     module = target_module(exporter)
-    if missing := getattr(module, "missing_runtime", lambda: None)():
-        return f"| {target} | {exporter} | {subject.name} | not run: {missing} | | | | | | | |"
     model = copy.deepcopy(subject.model)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "name": subject.name}
     config["kv_cache"] = simulated.get("kv_cache")
@@ -105,45 +87,75 @@ def row(target: str, exporter: str, subject: Subject) -> str:
     vocabulary = config["vocab_size"]
     prompts = [torch.randint(2, vocabulary, (8 + i % 5,), generator=generator).tolist() for i in range(PROMPTS)]
     want, largest = last(net, prompts)
-    wide, _ = last(copy.deepcopy(net).double(), prompts)
+    found_apart = others(net, lambda n: last(n, prompts)[0])
+    apart = spreads(want, found_apart, largest)
     text = continued(net, subject.batch["input_ids"][0, :12].tolist())
     prefixes = [text[:i] for i in range(12, len(text))]
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
         answers = evaluation.answer(net, subject.batch, 8)
-        evaluation.save(answers, run_dir / "evaluation.safetensors")
         frozen = qat.convert(net, config=config, tokenizer=subject.files)
         frozen.save(run_dir / "frozen")
-        path = export(frozen, exporter, run_dir / "export" / exporter)
-        found = verify_apart(path, run_dir)
-        got = runtimes.run(module.RUNTIME, path, logprobs=prompts + prefixes)["logprobs"]
-    figures, trained = found["figures"], evaluation.figures(answers)["perplexity"]
-    error = (got[:PROMPTS] - want).abs().amax(-1) / largest
-    spread = ((wide - want).abs().amax(-1) / largest).median()
-    equal = "yes" if figures["codes_equal"] and figures["weights_equal"] else f"**NO** {found['differences'][0]}"
-    cells = [
-        target,
-        exporter,
-        subject.name,
-        equal,
-        f"{error.median():.1e}",
-        f"{(error < 2e-6).float().mean():.0%}",
-        f"{spread:.1e}",
+        path = export(frozen, exporter, run_dir / "export")
+        found = verify(path, against=run_dir / "frozen", runtime=False)
+        ids = answers["input_ids"]
+        got = runtimes.run(module.RUNTIME, path, score=ids, logprobs=prompts + prefixes, version="")
+    equal = not found.differences
+    held = "logits only: a compiled .pte cannot be read back" if hasattr(module, "UNREADABLE") else "equal"
+    trained = evaluation.figures(answers)["perplexity"]
+    there = evaluation.figures({**answers, "nll": -got["score"]})["perplexity"]
+    errors = [(got["logprobs"][:PROMPTS] - w).abs().amax(-1) / largest for w in (want, *found_apart["float64"])]
+    rounded = any(rule.scheme is not None and rule.scheme.input is not None for rule in scheme["rules"])
+    half = exporter in ("awq", "gptq")
+    text_cell, text_equal = greedy(got["logprobs"][PROMPTS:], text[12:], net, prefixes)
+    unit = step(want, largest)
+    bound = apart["float64"] + unit
+    error = max(errors if rounded else errors[:1], key=lambda e: (within(e), -float(e.median())))
+    missed = table.misses(
+        equal=equal, error=error, spread=bound, rounded=rounded, half=half, ratio=there / trained, text=text_equal
+    )
+    theirs = None
+    if other := as_transformers(net, target, exporter):
+        theirs = (got["logprobs"][:PROMPTS] - last(other, prompts)[0]).abs().amax(-1) / largest
+    return [
+        missed,
+        held if equal else f"**NO** {found.differences[0]}",
+        " / ".join(f"{e.median():.1e}" for e in errors),
+        " / ".join(f"{within(e):.0%}" for e in errors),
+        " / ".join(f"{value:.1e}" for value in apart.values()),
         f"{trained:.4f}",
-        f"{figures['perplexity']:.4f} ({figures['perplexity'] / trained - 1:+.3%})" if "perplexity" in figures else "–",
-        greedy(got[PROMPTS:], text[12:], net, prefixes),
-        figures.get("runtime", "not run"),
+        f"{there:.4f} ({there / trained - 1:+.3%})",
+        text_cell,
+        got["version"],
+        str(date.today()),
+        cause(target, exporter, missed, theirs, error, max(apart.values()) + unit),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
-def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) -> str:
+def within(error: Tensor) -> float:
+    """The share of prompts that are within the bound of float activations."""
+    return float((error <= table.FLOAT).float().mean())
+
+
+def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) -> tuple[str, bool]:
+    """What the table says of the text, and whether a step that differs is one which the spread there explains.
+
+    margin: how much likelier, in nats, the simulation finds its own token than the runtime's; spread: by how much
+    that changes from one of its evaluations to another, at most.
+    """
     wrong = (got.argmax(-1) != torch.tensor(want)).nonzero()
     if not len(wrong):
-        return str(GREEDY)
+        return str(GREEDY), True
     first = int(wrong[0])
-    best = last(net, [prefixes[first]])[0][0].topk(2).values
-    return f"{first}, margin {best[0] - best[1]:.1e}"
+    theirs = int(got[first].argmax())
+
+    def margin(model: nn.Module) -> Tensor:
+        logits = last(model, [prefixes[first]])[0][0]
+        return logits[want[first]] - logits[theirs]
+
+    here = margin(net)
+    spread = max(float((other - here).abs()) for found in others(net, margin).values() for other in found)
+    return f"{first}, margin {here:.1e}, spread {spread:.1e}", float(here) <= spread
 
 
 def targets(chosen: list[str]) -> list[tuple[str, str]]:
@@ -155,26 +167,43 @@ def targets(chosen: list[str]) -> list[tuple[str, str]]:
     return found
 
 
+def _start(names: list[str]) -> None:
+    """In each worker process: one thread, its own copy of the models."""
+    torch.set_num_threads(1)
+    SUBJECTS.update((s.name, s) for s in subjects(names))
+
+
+def _work(key: tuple[str, str, str]) -> tuple[table.Row, float]:
+    since = time.monotonic()
+    target, exporter, name = key
+    return row(target, exporter, SUBJECTS[name]), time.monotonic() - since
+
+
+def measured(keys: list[tuple[str, str, str]], jobs: int) -> Iterator[tuple[table.Row, float]]:
+    """The rows of these keys in their order, and the seconds each took, from so many processes of one thread."""
+    names = [name for _, _, name in keys]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start, initargs=(names,)) as pool:
+        yield from pool.map(_work, keys)
+
+
 def main() -> None:
+    models = [*EMBEDDED, *RANDOM]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("targets", nargs="*", help="names of configs/target (default: all, and docs/parity.md)")
+    parser.add_argument("targets", nargs="*", help="names of configs/target (default: all, into docs/parity.md)")
+    parser.add_argument("--models", nargs="+", choices=models, default=models)
+    parser.add_argument("--write", action="store_true", help="replace these rows of docs/parity.md")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default 2)")
     args = parser.parse_args()
-    small = embedded()
-    subjects = [small, random_llama(small, torch.float32), random_llama(small, torch.bfloat16)]
-    lines = [HEAD, "|" + "---|" * HEAD.count(" | ") + "---|"]
-    print("\n".join(lines), flush=True)
-    for target, exporter in targets(args.targets):
-        for subject in subjects:
-            try:
-                lines.append(row(target, exporter, subject))
-            except (UserError, VerifyError) as error:
-                verb = "refused" if isinstance(error, UserError) else "**FAILED**"
-                lines.append(f"| {target} | {exporter} | {subject.name} | {verb}: {error} | | | | | | | |")
-            print(lines[-1], flush=True)
-    if not args.targets:
-        about = (__doc__ or "").split("\n\n", 2)[2].strip()
-        head = f"# Parity\n{about}\n\n`python benchmarks/parity.py`, {machine(torch.get_num_threads())}.\n\n"
-        Path(__file__).parents[1].joinpath("docs/parity.md").write_text(head + "\n".join(lines) + "\n")
+    keys = [(*pair, name) for pair in targets(args.targets) for name in args.models]
+    print(machine(args.jobs), table.line(table.COLUMNS), "|" + "---|" * len(table.COLUMNS), sep="\n", flush=True)
+    order = [(*pair, name) for pair in targets([]) for name in models]
+    since = time.monotonic()
+    for found, seconds in measured(keys, args.jobs):
+        print(table.line(found.cells), found.reason, f"{seconds:.1f} s", flush=True)
+        if args.write or not args.targets:
+            table.write([found], order)
+    print(f"{len(keys)} rows in {time.monotonic() - since:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Perplexity of round-to-nearest on the embedded model, or --model FOLDER: int8 to int2, per channel and block 32.
+"""Perplexity of round-to-nearest on gpt2_mini, or --model llama_mini or FOLDER: int8 to int2, per channel and block 32.
 
     python benchmarks/rtn.py
 
@@ -7,7 +7,6 @@ Absmax over qmax, linears only (embedding and head stay float), scored on the em
 
 import argparse
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +14,17 @@ import torch
 from qat.conversion import prepare
 from qat.data.stdlib import StdlibData
 from qat.evaluation import answer, figures
-from qat.models.load import load
+from qat.models.load import EMBEDDED, load
 from qat.scheme import QuantSpec, Rule, Scheme
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="a Hugging Face folder (default: the embedded model)")
+    parser.add_argument("--model", default="gpt2_mini", help="an embedded model (default gpt2_mini) or a folder")
     parser.add_argument("--range", default="absmax", help="range rule of the grid (default absmax)")
     parser.add_argument("--windows", type=int, help="at most so many windows of 256 tokens (default: all)")
     args = parser.parse_args()
-    loaded = load(args.model, name="gpt2_mini" if args.model is None else Path(args.model).name)
+    loaded = load(None if args.model in EMBEDDED else args.model, name=args.model)
     data = StdlibData(block_size=256, batch_size=8)
     data.attach(loaded.tokenizer)
     batch = data.evaluation("test", args.windows)

@@ -7,10 +7,12 @@ A random-weight Llama is rounded to nearest on each target's grid, exported as `
 """
 
 import argparse
+import copy
 import hashlib
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -35,6 +37,7 @@ from qat.frozen import Frozen
 from qat.models.load import load
 from qat.recipes import CONFIGS
 from qat.runtimes.environments import interpreter
+from qat.runtimes.transformers_folder import method
 from qat.shipping import tokenizer_files
 
 DOCUMENT = Path(__file__).parents[1] / "docs/runtimes.md"
@@ -62,11 +65,16 @@ class Artefact:
 
 
 def llama(layers: int) -> Any:
-    """1024 wide, tied, 20% of its weights in the embedding: the proportions of small Llamas and Qwens."""
+    """1024 wide, tied; with 12 layers a fifth of its weights are the embedding, as in Llamas and Qwens of about 1B."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": layers, "head_dim": 64}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": True}
-    tokens = {"vocab_size": 32000, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 512}
+    shape: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": layers,
+        "head_dim": 64,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 16, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    tokens: dict[str, Any] = {"vocab_size": 32000, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 512}
     return LlamaForCausalLM(LlamaConfig(**shape, **heads, **tokens)).eval()
 
 
@@ -88,14 +96,14 @@ class Bench:
     def __init__(self, layers: int, folder: Path) -> None:
         self.folder = folder
         self.tokenizer = tokenizer_files(load(None, name="gpt2_mini").tokenizer)
-        self.layers = layers
-        model = llama(layers)
-        self.config = {**model.config.to_dict(), "architectures": [type(model).__name__], "name": "random Llama"}
+        self.model = llama(layers)
+        architecture = type(self.model).__name__
+        self.config = {**self.model.config.to_dict(), "architectures": [architecture], "name": "random Llama"}
 
     def freeze(self, name: str, exporters: list[str]) -> Frozen:
         """Rounded to nearest. Raises UserError if the audit refuses."""
         scheme = instantiate(OmegaConf.load(CONFIGS / "scheme" / f"{name}.yaml"), _convert_="all")
-        model = llama(self.layers)
+        model = copy.deepcopy(self.model)
         qat.audit(model, scheme["rules"], targets=exporters, config=self.config)
         net = qat.prepare(model, scheme["rules"], gelu=scheme.get("gelu")).eval()
         calibrate(net, [torch.randint(2, 4000, (1, 64))], lambda m, ids: m(input_ids=ids))
@@ -133,7 +141,7 @@ class Bench:
         return made
 
     def float(self, runtime: str, dtype: torch.dtype, path: Path) -> None:
-        model = llama(self.layers).to(dtype)
+        model = copy.deepcopy(self.model).to(dtype)
         if runtime in ("llama_cpp", "ort"):
             floats = {n: p.detach() for n, p in model.named_parameters()}
             ties = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -143,8 +151,8 @@ class Bench:
         model.save_pretrained(path)
         if runtime == "executorch":
             room = str(self.config["max_position_embeddings"])
-            lower = [interpreter(runtime), "-m", "qat.runtimes.executorch_lower", path, path / "model.pte", room]
-            command = [str(c) for c in lower]
+            out = str(path / "model.pte")
+            command = [interpreter(runtime), "-m", "qat.runtimes.executorch_lower", str(path), out, room]
             done = subprocess.run(command, env=runtimes.environment(), capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UserError(f"the float model cannot be lowered: {done.stderr.strip().splitlines()[-1][:300]}")
@@ -165,15 +173,36 @@ def mb(size: int | None) -> str:
     return "–" if size is None else f"{size / 1e6:.2f}"
 
 
+def speed_table(bench: Bench, found: list[Artefact], lengths: Lengths, rounds: int) -> list[str]:
+    groups: dict[tuple[str, str], list[Artefact]] = defaultdict(list)
+    lines = [SPEEDS, rule(SPEEDS)]
+    for a in found:
+        try:
+            if a.size is not None:
+                groups[a.runtime, python_of(a.runtime, a.path)].append(a)
+        except UserError as error:
+            lines.append(f"| {a.runtime} | {a.target} | not run: {error} | | | | | | |")
+    for group in groups.values():
+        try:
+            lines += speeds(group, bench.floats(group[0].runtime), lengths, rounds)
+        except UserError as error:
+            lines.append(f"| {group[0].runtime} | all | not run: {error} | | | | | | |")
+    return lines
+
+
 def speeds(group: list[Artefact], floats: dict[str, Path], lengths: Lengths, rounds: int) -> list[str]:
     """Rows of one runtime in one Python: its floats over all rounds, then each artefact against them."""
     runtime, python = group[0].runtime, python_of(group[0].runtime, group[0].path)
     beside = {name: Clock(runtime, python, path, lengths) for name, path in floats.items()}
     whole: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    rows, seen = [], dict[str, str]()
+    rows: list[str] = []
+    seen, versions = dict[str, str](), dict[str | None, str]()
     try:
         for a in group:
-            version = runtimes.run(runtime, a.path, version="")["version"]
+            helper = method(a.path) if runtime == "transformers_folder" else None
+            if helper not in versions:
+                versions[helper] = runtimes.run(runtime, a.path, version="")["version"]
+            version = versions[helper]
             if (same := seen.setdefault(contents(a.path), a.target)) != a.target:
                 rows.append(f"| {version} | {a.target} | the same file as {same} | | | | | | |")
                 continue
@@ -191,9 +220,7 @@ def speeds(group: list[Artefact], floats: dict[str, Path], lengths: Lengths, rou
                 if clock:
                     clock.close()
             print(rows[-1], flush=True)
-        head = [
-            speed_row(runtime, f"({name})", beside[name].load, whole[name], [], lengths) for name in floats if whole
-        ]
+        head = [speed_row(runtime, f"({n})", beside[n].load, whole[n], [], lengths) for n in floats if whole]
         return head + rows
     finally:
         for clock in beside.values():
@@ -238,9 +265,10 @@ def rule(head: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--targets", nargs="+", default=[], help="names of configs/target")
+    names = sorted(f.stem for f in (CONFIGS / "target").glob("*.yaml"))
+    parser.add_argument("--targets", nargs="+", default=[], choices=names, metavar="NAME", help="of configs/target")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0: sizes alone")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=32, help="tokens generated after the prompt")
@@ -252,31 +280,18 @@ def main() -> None:
         for scheme in dict.fromkeys(a.scheme for a in found):
             bench.write([a for a in found if a.scheme == scheme])
         weights = next(a.size.weights for a in found if a.size)
-        about = f"{weights / 1e6:.1f}M weights, {4 * weights / 1e6:.1f} MB in fp32"
+        about = f"{args.layers} layers, {weights / 1e6:.1f}M weights, {4 * weights / 1e6:.1f} MB in fp32"
         sizes = [SIZES, rule(SIZES), *map(size_row, found)]
-        print(about, *sizes, SPEEDS, sep="\n", flush=True)
-        groups: dict[tuple[str, str], list[Artefact]] = defaultdict(list)
-        speed = [SPEEDS, rule(SPEEDS)]
-        for a in found:
-            try:
-                if a.size is not None:
-                    groups[a.runtime, python_of(a.runtime, a.path)].append(a)
-            except UserError as error:
-                speed.append(f"| {a.runtime} | {a.target} | not run: {error} | | | | | | |")
-        for group in groups.values():
-            try:
-                speed += speeds(group, bench.floats(group[0].runtime), lengths, args.rounds)
-            except UserError as error:
-                speed.append(f"| {group[0].runtime} | all | not run: {error} | | | | | | |")
+        print(about, *sizes, sep="\n", flush=True)
+        speed = speed_table(bench, found, lengths, args.rounds) if args.rounds else []
         print(*speed, sep="\n")
     if not args.targets:
-        run = (
-            f"`python benchmarks/runtimes.py`: {about}; {args.prompt} tokens of prompt, {args.new} more, {args.rounds} "
-            f"rounds; {machine(args.threads)}."
-        )
-        text = DOCUMENT.read_text(encoding="utf-8")
-        for name, lines in (("run", [run]), ("sizes", sizes), ("speeds", speed)):
-            text = put(text, name, lines)
+        said = " ".join(["python benchmarks/runtimes.py", *sys.argv[1:]])
+        where = f"`{said}`: {about}; {machine(args.threads)}."
+        text = put(DOCUMENT.read_text(encoding="utf-8"), "sizes", [where, "", *sizes])
+        if args.rounds:
+            tokens = f"{args.prompt} tokens of prompt, {args.new} after it, {args.rounds} rounds"
+            text = put(text, "speeds", [f"{where} {tokens}.", "", *speed])
         DOCUMENT.write_text(text, encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError, understood
 from qat.files import atomic_folder, read_manifest, write_manifest
 from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
-from qat.streams import Later, info, raw, stored, write
+from qat.streams import Later, info, raw, read, stored, write
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class Frozen:
     ties: dict[str, str] = field(default_factory=dict[str, str])
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: dict[str, bytes] = field(default_factory=dict[str, bytes])
-    _checked: tuple[Mapping[str, str], object, object] = field(default=({}, None, None), init=False, repr=False)
+    _checked: tuple[Mapping[str, str], object, object] = field(
+        default=({}, None, None), init=False, repr=False, compare=False
+    )  # digests that `load` has checked, and the weights and floats that they are of
 
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of every layer with a quantized input, by module path."""
@@ -127,13 +129,15 @@ class Frozen:
 
 def open_frozen(path: Path) -> Frozen:
     """What `Frozen.load` returns, unchecked: for a folder that this process has just written."""
-    tensors = stored(path / "tensors.safetensors")
+    file = path / "tensors.safetensors"
+    tensors = stored(file)
     meta = json.loads((path / "frozen.json").read_text())
     specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
 
     def weight(name: str) -> FrozenWeight:
-        entry, offset = meta["weights"][name], tensors.get(f"{name}.offset")
-        q = QTensor(tensors[f"{name}.codes"], tensors[f"{name}.scale"], offset, specs[name])
+        entry, parts = meta["weights"][name], [f"{name}.codes", f"{name}.scale", f"{name}.offset"]
+        codes, scale, *offset = read(file, parts if parts[2] in tensors else parts[:2])
+        q = QTensor(codes, scale, offset[0] if offset else None, specs[name])
         return FrozenWeight(q, entry["kind"], tuple(entry["shape"]))
 
     def part(name: str) -> Tensor | None:

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,14 +58,13 @@ def is_id(path: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path, re.ASCII) is not None
 
 
-def stand_in(requested: str, *, used: str, offline: str, explicit: bool, reason: str, key: str) -> Fallback:
-    """The stand-in `used` if `key`.offline names it; else UserError with the reason and the remedies.
+def stand_in(requested: str, *, offline: str, explicit: bool, reason: str, key: str) -> Fallback:
+    """The stand-in that `key`.offline names; UserError with the reason and the remedies where that is "error".
 
     `explicit` (the user gave the path himself) never falls back: what was asked for by name is not swapped.
     """
-    check_offline(offline, used, key)
-    if offline == used and not explicit:
-        return Fallback(requested, used, reason)
+    if offline != "error" and not explicit:
+        return Fallback(requested, offline, reason)
     raise unreachable({requested: key}, reason)
 
 
@@ -79,10 +78,10 @@ def unreachable(lost: dict[str, str], reason: str) -> UserError:
     )
 
 
-def check_offline(offline: str, used: str, key: str) -> None:
-    """Raise UserError unless `offline` is "error" or the name of the stand-in."""
-    if offline not in ("error", used):
-        raise UserError(f"{key}.offline={offline} is not possible; choose error or {used}")
+def check_offline(offline: str, known: Iterable[str], key: str) -> None:
+    """Raise UserError unless `offline` is "error" or the name of a known stand-in."""
+    if offline not in (names := ["error", *known]):
+        raise UserError(f"{key}.offline={offline} is not possible; choose {', '.join(names[:-1])} or {names[-1]}")
 
 
 Choose = Callable[[list[str], dict[str, Any]], list[str]]

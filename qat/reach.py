@@ -18,14 +18,14 @@ def refuse_missing(config: dict[str, Any]) -> None:
     """
     lost: dict[str, str] = {}
     reason = ""
-    for part, used in (("model", load.EMBEDDED), ("data", published.STAND_IN)):
+    for part, known in (("model", load.EMBEDDED), ("data", [published.STAND_IN])):
         node = config[part]
         look = LOOK.get(str(node["_target_"]))
         if look is None:
             continue
         offline = node.get("offline", "error")
-        hub.check_offline(offline, used, part)
-        replaced = offline == used and not node.get("explicit", True)
+        hub.check_offline(offline, known, part)
+        replaced = offline != "error" and not node.get("explicit", True)
         for key in ("path", "validation_path"):
             path = node.get(key)
             if not path or not isinstance(path, str):  # `settings.check` names what is not text

@@ -64,7 +64,11 @@ def _forms(q: QTensor) -> Iterator[Form]:
     spec = q.spec
     low = spec.type.qmin
     if spec.offset is not None and spec.offset != "zero_point":
+        assert q.offset is not None
         yield spec.qtype, spec.offset, q.codes, q.offset
+        for name in STORED:
+            if name != spec.offset and _holds(q.offset, name):
+                yield spec.qtype, name, q.codes, q.offset.to(STORED[name])
         return
     signed = signed_codes(q)
     extremes = int(signed.min()), int(signed.max())

@@ -15,6 +15,7 @@ from qat.report.card import card
 from qat.report.schema import Export, Fallback, Stages
 from qat.runtimes import environment
 from qat.stages import Stages as Progress
+from qat.verdict import NOT_RUN
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
@@ -57,6 +58,7 @@ def ship(
             exports[target] = found["figures"]
             exports[target]["path"] = str(path.relative_to(run_dir))
             wrong += [VerifyError(f"{target}: {d}") for d in found["differences"]]
+            wrong += [UserError(f"{target}: {u}") for u in found["unchecked"] if u.startswith(NOT_RUN)]
             outcome.text = _outcome(found)
     return exports, wrong
 

@@ -66,12 +66,13 @@ def stored(file: Path) -> Later[Tensor]:
     """
     with safe_open(file, "pt") as f:
         names = list(f.keys())
+    return Later(names, lambda name: read(file, [name])[0])
 
-    def read(name: str) -> Tensor:
-        with safe_open(file, "pt") as f:
-            return f.get_tensor(name)
 
-    return Later(names, read)
+def read(file: Path, names: Iterable[str]) -> list[Tensor]:
+    """Some tensors of a file, mapped together: none is let go before the last."""
+    with safe_open(file, "pt") as f:
+        return [f.get_tensor(name) for name in names]
 
 
 def info(tensor: Tensor) -> Info:

@@ -10,10 +10,10 @@ from qat import cli
 from qat.conversion import convert, prepare
 from qat.exporters import export
 from qat.frozen import Frozen
-from qat.models.load import ASSETS
+from qat.models.load import EMBEDDED
 from qat.scheme import QuantSpec, Rule, Scheme
 
-FILES = {name: (ASSETS / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+FILES = {name: (EMBEDDED["gpt2_mini"] / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
 RULE = Rule(type="Conv1D", scheme=Scheme(weight=QuantSpec(qtype="int4", block=(1, 32))))
 
 

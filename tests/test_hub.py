@@ -19,7 +19,7 @@ from qat.models import load
 folder, path, options = json.loads(sys.argv[1])
 if folder:
     from pathlib import Path
-    load.ASSETS = Path(folder)
+    load.EMBEDDED["gpt2_mini"] = Path(folder)
 if options.pop("bytes_only", False):
     load._read = lambda folder, label, options: ((folder / "model.safetensors").read_bytes(), [])
 start = time.monotonic()

@@ -54,7 +54,7 @@ def test_without_a_hub_model_and_data_are_named_with_what_would_work(
     hub: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     url = request.getfixturevalue(hub)
-    message = refused(url, tmp_path, "recipe=llama_int4")
+    message = refused(url, tmp_path, "recipe=llama_int4", "model.offline=error", "data.offline=error")
     assert f"{LLAMA} and {WIKITEXT} are not in the local cache and the hub ({url}) cannot be reached" in message
     assert "`python train.py recipe=quickstart` needs no network at all" in message
     assert "model.path=FOLDER data=custom data.path=FILE" in message

@@ -73,6 +73,25 @@ def test_q4_k_m_becomes_a_folder_and_a_gguf_file_again(tmp_path: Path, capsys: p
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("kind", "target", "moved"),
+    [
+        (T.Q6_K, "onnx", "as int8 (1, 16) absmax float32, every value the same"),
+        (T.Q4_K, "mlx", "as uint4 (1, 32) minmax float32 +float32, every value the same"),
+    ],
+)
+def test_two_levels_of_scales_become_one(
+    kind: T, target: str, moved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worth = llama_gguf(tmp_path / "x.gguf", kind, **WIDE)
+    code, said = export(capsys, tmp_path / "x.gguf", "--to", target, "--out", tmp_path / "out", *NO_RUN)
+    assert code == 0, said
+    assert moved in said
+    assert not verify(tmp_path / "out" / target, against=tmp_path / "x.gguf", runtime=False).differences
+    values = read_any(tmp_path / "out" / target).state_dict()
+    assert all(torch.equal(values[n].float(), worth[n]) for n in worth)
+
+
 def test_compressed_tensors_runs_in_llama_cpp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = QuantizationArgs(num_bits=4, symmetric=True, strategy="group", group_size=32)
     worth = compressed(tmp_path / "ct", args, torch.float16)

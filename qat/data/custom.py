@@ -46,7 +46,7 @@ class CustomData(TokenData):
             raise UserError("data=custom needs data.path: a file, a folder or a hub id")
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"data.on_bad_row={on_bad_row} is not possible; choose error or skip")
-        hub.check_offline(offline, published.STAND_IN, "data")
+        hub.check_offline(offline, [published.STAND_IN], "data")
         self.path, self.validation_path, self.config = path, validation_path, config
         self.column, self.skip = text_column, on_bad_row == "skip"
         self.offline, self.explicit = offline, explicit
@@ -71,14 +71,7 @@ class CustomData(TokenData):
                 files = {"train": files["train"], "validation": held.get("validation", held["train"])}
             self._files = files
         except hub.Unreachable as e:
-            return hub.stand_in(
-                self.path,
-                used=published.STAND_IN,
-                offline=self.offline,
-                explicit=self.explicit,
-                reason=str(e),
-                key="data",
-            )
+            return hub.stand_in(self.path, offline=self.offline, explicit=self.explicit, reason=str(e), key="data")
         return None
 
     def attach(self, tokenizer: Any) -> None:

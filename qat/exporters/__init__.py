@@ -3,9 +3,9 @@
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
 one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
 `refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `refuse_values` (the very scales of
-one), `KV_CACHES` (that its runtime can be told to keep), `stored_dtype` (of unquantized parameters), `as_held` (a Frozen
-as the file can say it), `caveats` and `UNREADABLE` (why its file cannot be read back) are for targets that have something
-to say there.
+one), `KV_CACHES` (that its runtime can be told to keep), `stored_dtype` (of unquantized parameters), `as_held` (a
+Frozen as the file can say it), `header` (config.json or metadata, for `verify`), `caveats` and `UNREADABLE` (why its
+file cannot be read back) are for targets that have something to say there.
 """
 
 from importlib import import_module
@@ -136,6 +136,10 @@ def _method(folder: Path) -> str:
     """The target that a Hugging Face folder's quantization names; "" without one."""
     try:
         config = import_module("qat.exporters.hf_folder").read_config(folder)
-        return "mlx" if "quantization" in config else (config.get("quantization_config") or {}).get("quant_method", "")
+        found = config.get("quantization_config") or {}
+        if "quantization" in config:
+            return "mlx"
+        old = found.get("checkpoint_format", found.get("format", "gptq")) == "gptq"
+        return "gptq_v1" if found.get("quant_method") == "gptq" and old else found.get("quant_method", "")
     except (UserError, AttributeError, TypeError):
         return ""

@@ -38,7 +38,17 @@ METHOD = "awq"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds column ORDER[i]
 INVERSE = [ORDER.index(i) for i in range(8)]
 
-__all__ = ["RUNTIME", "caveats", "export", "missing_runtime", "read", "refuse", "refuse_scheme", "refuse_together"]
+__all__ = [
+    "RUNTIME",
+    "caveats",
+    "export",
+    "header",
+    "missing_runtime",
+    "read",
+    "refuse",
+    "refuse_scheme",
+    "refuse_together",
+]
 
 
 def missing_runtime() -> str | None:
@@ -55,6 +65,11 @@ def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None,
 
 def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for weights on different grids or quantized inputs."""
+    write(path, header(frozen), frozen, partial(tensors, words))
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json. Raises UserError as `export` does."""
     spec = check(frozen)
     left = [n for n, t in frozen.floats.items() if t.ndim == 2 and n.endswith(".weight")] + list(frozen.ties)
     quantization = {
@@ -65,7 +80,7 @@ def export(frozen: Frozen, path: Path) -> None:
         "zero_point": True,
         "modules_to_not_convert": sorted(n.removesuffix(".weight") for n in left),
     }
-    write(path, config_of(frozen, quantization), frozen, partial(tensors, words))
+    return config_of(frozen, quantization)
 
 
 def words(w: FrozenWeight) -> dict[str, Tensor]:

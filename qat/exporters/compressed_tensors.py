@@ -112,7 +112,7 @@ def tensors(name: str, w: FrozenWeight, given: FrozenInput | None, dtype: torch.
 def describe(frozen: Frozen) -> dict[str, Any]:
     """`quantization_config`: one group if all layers share a grid, else a group for each with its layers by name."""
     by_grid: dict[tuple[int, int, bool, str], list[str]] = {}
-    for name in frozen.weights:
+    for name in sorted(frozen.weights):
         by_grid.setdefault(_grid(frozen, name), []).append(name.removesuffix(".weight"))
     formats = {"int-quantized" if taken else "pack-quantized" for *_, taken in by_grid}
     left = [n for n, t in frozen.floats.items() if t.ndim == 2] + list(frozen.ties)

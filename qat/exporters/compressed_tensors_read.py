@@ -103,7 +103,7 @@ def _weight_spec(w: dict[str, Any], name: str, scale: str) -> QuantSpec:
     if w["type"] != "int" or w["strategy"] not in ("group", "channel", "tensor"):
         raise UserError(f"{name}: only integer weights by group, channel or tensor can be read")
     block = {"group": (1, w["group_size"]), "channel": (1, -1), "tensor": (-1, -1)}[w["strategy"]]
-    asymmetric = {} if w["symmetric"] else {"range": "minmax", "offset": "zero_point"}
+    asymmetric: dict[str, Any] = {} if w["symmetric"] else {"range": "minmax", "offset": "zero_point"}
     return QuantSpec(qtype=f"int{w['num_bits']}", block=block, scale=scale, **asymmetric)
 
 

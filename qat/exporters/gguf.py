@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
-from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH_NAMES
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import quant_shape_to_byte_shape
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
 from qat.exporters.gguf_blocks import BY_GGML, BlockType, block_type, refuse_grid
 from qat.exporters.gguf_families.base import Family
+from qat.exporters.gguf_header import FILE, describe, embedding_rows, gguf_file, header, read_header
 from qat.exporters.gguf_models import (
     DERIVED,
     FAMILIES,
@@ -30,9 +31,8 @@ from qat.exporters.gguf_models import (
     read_config,
     refuse_model,
     refuse_text,
-    write_metadata,
 )
-from qat.exporters.gguf_tokenizer import PHI3, known_difference, refuse_tokenizer, swallows_spaces, write_tokenizer
+from qat.exporters.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import KV_CACHES, QuantSpec, Scheme
 from qat.streams import Later
@@ -44,9 +44,12 @@ __all__ = [
     "RUNTIME",
     "as_held",
     "export",
+    "gguf_file",
+    "header",
     "known_difference",
     "missing_runtime",
     "read",
+    "read_header",
     "refuse",
     "refuse_scheme",
     "refuse_text",
@@ -54,7 +57,6 @@ __all__ = [
     "stored_dtype",
 ]
 
-FILE = "model.gguf"
 _FLOATS = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -99,34 +101,11 @@ def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
     return None
 
 
-def _name(config: dict[str, Any], tokenizer: dict[str, bytes]) -> str:
-    """`general.name`: the config's own `name` if there is one, else where the model came from.
-
-    llama.cpp reads it: in a model with phi-3 or phi3 in its name, special tokens swallow the spaces after them.
-    """
-    name = str(config.get("name") or config.get("_name_or_path") or config["model_type"])
-    if swallows_spaces(tokenizer):
-        return name if PHI3.search(name) else f"{name} (phi-3)"
-    return PHI3.sub("phi 3", name)
-
-
 def _type(w: FrozenWeight) -> BlockType:
     """The block type of a weight that `refuse` let through."""
     found = block_type(w.tensor.spec)
     assert found is not None
     return found
-
-
-def _file_type(frozen: Frozen) -> LlamaFileType:
-    """By what most quantized weights are, as llama.cpp itself labels files."""
-    sizes: dict[str, int] = {}
-    for w in frozen.weights.values():
-        name = _type(w).ggml.name
-        sizes[name] = sizes.get(name, 0) + w.tensor.codes.numel()
-    if not sizes:
-        return LlamaFileType.ALL_F32
-    most = max(sizes, key=lambda name: sizes[name])
-    return LlamaFileType[f"MOSTLY_{most}_S" if most in ("Q4_K", "Q5_K") else f"MOSTLY_{most}"]
 
 
 def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
@@ -170,15 +149,9 @@ def export(frozen: Frozen, path: Path) -> None:
             raise UserError(f"the input of {module}: {reason}")
     family = FAMILIES[config["model_type"]]
     table = names(config["model_type"], family.n_layers(config))
-    rows = {n: value.shape[0] for n, value in frozen.floats.items() if value.ndim}
-    rows |= {n: w.tensor.codes.shape[0] for n, w in frozen.weights.items()}
-
     writer = GGUFWriter(path / FILE, MODEL_ARCH_NAMES[family.arch])
-    writer.add_name(_name(config, frozen.tokenizer))
-    writer.add_file_type(_file_type(frozen))
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    write_metadata(writer, config)
-    write_tokenizer(writer, frozen.tokenizer, config, rows[f"{family.embedding}.weight"])
+    describe(writer, frozen)
+    write_tokenizer(writer, frozen.tokenizer, config, embedding_rows(frozen))
 
     # all tensors are announced first, then packed and written one by one: no second copy of the model in memory
     extra = family.extra_tensors(config)
@@ -204,14 +177,6 @@ def export(frozen: Frozen, path: Path) -> None:
 
 def _reordered(value: Tensor, order: Tensor | None) -> Tensor:
     return value if order is None else value[order]
-
-
-def gguf_file(path: Path) -> Path:
-    """`path` itself, or the .gguf file of that folder. Raises UserError if the folder has more than one."""
-    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-    if len(found) > 1 and path / FILE not in found:
-        raise UserError(f"{path} has {len(found)} .gguf files; name one file")
-    return found[0] if len(found) == 1 else path / FILE
 
 
 def read(path: Path) -> Frozen:

@@ -4,7 +4,7 @@ Each type cuts a row into blocks. Source of the layouts: ggml/src/ggml-common.h 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -150,7 +150,7 @@ def unpack_tq2_0(data: np.ndarray) -> Parts:
     return _codes(codes.astype(np.int8) - np.int8(1), np.int8), _floats(b[..., 64:]), None
 
 
-def _symmetric(qtype: str, block: int = 32, **rule: str) -> QuantSpec:
+def _symmetric(qtype: str, block: int = 32, **rule: Any) -> QuantSpec:
     return QuantSpec(qtype=qtype, block=(1, block), scale="float16", **rule)
 
 

@@ -39,7 +39,17 @@ BITS = (2, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
-__all__ = ["RUNTIME", "caveats", "export", "missing_runtime", "read", "refuse", "refuse_scheme", "refuse_together"]
+__all__ = [
+    "RUNTIME",
+    "caveats",
+    "export",
+    "header",
+    "missing_runtime",
+    "read",
+    "refuse",
+    "refuse_scheme",
+    "refuse_together",
+]
 
 
 def missing_runtime() -> str | None:
@@ -61,6 +71,11 @@ def export(frozen: Frozen, path: Path) -> None:
 
 def write_version(frozen: Frozen, path: Path, version: int) -> None:
     """`export` in checkpoint format 1 or 2."""
+    write(path, header(frozen, version), frozen, partial(tensors, lambda w: words(w, version)))
+
+
+def header(frozen: Frozen, version: int = 2) -> dict[str, Any]:
+    """config.json. Raises UserError for weights on different grids or quantized inputs."""
     spec = check(frozen)
     quantized = sorted({n.removesuffix(".weight").split(".", 3)[-1] for n in frozen.weights})
     quantization = {
@@ -73,7 +88,7 @@ def write_version(frozen: Frozen, path: Path, version: int) -> None:
         "pack_dtype": "int32",
         "modules_in_block_to_quantize": [quantized],
     }
-    write(path, config_of(frozen, quantization), frozen, partial(tensors, lambda w: words(w, version)))
+    return config_of(frozen, quantization)
 
 
 def words(w: FrozenWeight, version: int) -> dict[str, Tensor]:

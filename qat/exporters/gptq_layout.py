@@ -125,7 +125,7 @@ def bits_of(found: dict[str, Any]) -> int:
     """Of a code. Raises ValueError for what is not from 2 to 8."""
     bits = int(found["bits"])
     if not 2 <= bits <= 8:
-        raise ValueError(f"codes of {bits} bits")
+        raise ValueError(f"quantization_config.bits is {bits}")
     return bits
 
 
@@ -144,13 +144,13 @@ def restored(
     written = size if written is None else codes.shape[1] if int(written) == -1 else min(int(written), codes.shape[1])
     if written != size or zero.shape != scale.shape:
         raise ValueError(
-            f"group_size {found.get('group_size')} with scales {tuple(scale.shape)} and zero points "
-            f"{tuple(zero.shape)} for codes {tuple(codes.shape)}"
+            f"quantization_config.group_size is {found.get('group_size')}, with scales {tuple(scale.shape)} and zero "
+            f"points {tuple(zero.shape)} for codes {tuple(codes.shape)}"
         )
     middle = bool((zero == 2 ** (bits - 1)).all())
     symmetric = middle and (said.offset is None if said else bool(found.get("sym", False)))
     said = None if said and (said.offset is None) != symmetric else said
-    kind = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
+    kind: dict[str, Any] = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
     qtype = f"int{bits}"  # signed, which compressed-tensors and torchao hold as well
     block = (1, -1) if groups == 1 and found.get("group_size") in (None, -1) else (1, size)
     spec = QuantSpec(qtype=qtype, block=block, scale="float16", **kind)

@@ -11,7 +11,17 @@ from qat.scheme import QuantSpec
 
 RUNTIME = gptq.RUNTIME
 
-__all__ = ["RUNTIME", "caveats", "export", "missing_runtime", "read", "refuse", "refuse_scheme", "refuse_together"]
+__all__ = [
+    "RUNTIME",
+    "caveats",
+    "export",
+    "header",
+    "missing_runtime",
+    "read",
+    "refuse",
+    "refuse_scheme",
+    "refuse_together",
+]
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
@@ -27,3 +37,8 @@ def export(frozen: Frozen, path: Path) -> None:
         if why := refuse(name, w.kind, w.shape, w.tensor.spec, frozen.config):
             raise UserError(f"{name}: {why}")
     gptq.write_version(frozen, path, version=1)
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json. Raises UserError as `export` does."""
+    return gptq.header(frozen, version=1)

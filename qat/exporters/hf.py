@@ -30,7 +30,6 @@ from qat.frozen import Frozen, FrozenInput
 from qat.scheme import QuantSpec
 
 RUNTIME = "transformers_folder"
-WHOLE_CONFIG = True  # config.json keeps every key of the frozen model's
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
@@ -50,10 +49,18 @@ def export(frozen: Frozen, path: Path) -> None:
     for name, w in frozen.weights.items():
         if reason := refuse(name, w.kind, w.shape, w.tensor.spec, frozen.config or {"": None}):
             raise UserError(f"{name}: {reason}")
-    plain = compressed_tensors.why_not(frozen, float_dtype(frozen)) is None
-    config = base_config(frozen)
-    config |= {"quantization_config": compressed_tensors.describe(frozen) if plain else describe(frozen)}
-    write(path, config, frozen, lambda f: packed_tensors(f, plain))
+    plain = _plain(frozen)
+    write(path, header(frozen), frozen, lambda f: packed_tensors(f, plain))
+
+
+def _plain(frozen: Frozen) -> bool:
+    return compressed_tensors.why_not(frozen, float_dtype(frozen)) is None
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json."""
+    described = compressed_tensors.describe(frozen) if _plain(frozen) else describe(frozen)
+    return base_config(frozen) | {"quantization_config": described}
 
 
 def caveats(frozen: Frozen) -> list[str]:

@@ -83,8 +83,8 @@ def encode_input(module: str, i: FrozenInput) -> dict[str, Tensor]:
 
 def describe(frozen: Frozen) -> dict[str, Any]:
     """`quantization_config` of a folder whose quant_method is "qat": every spec once; weights name theirs by number."""
-    used = [w.tensor.spec for w in frozen.weights.values()] + [i.spec for i in frozen.inputs.values()]
-    specs = list(dict.fromkeys(used))
+    used = [frozen.weights[n].tensor.spec for n in sorted(frozen.weights)]
+    specs = list(dict.fromkeys([*used, *(frozen.inputs[n].spec for n in sorted(frozen.inputs))]))
     return {
         "quant_method": "qat",
         "format": "pack-quantized",

@@ -78,16 +78,21 @@ def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for quantized inputs, or scales that the model's dtype cannot hold."""
     for module, scheme in frozen.schemes().items():
         raise UserError(f"{module}: {refuse_scheme(scheme, frozen.config)}")
-    grids: dict[str, dict[str, int]] = {}
     for name, w in frozen.weights.items():
         if why := refuse_values(name, w, frozen):
             raise UserError(why)
-        module = _theirs(name).removesuffix(".weight")
-        grids[module] = {"group_size": w.tensor.spec.block[1], "bits": w.tensor.spec.type.bits}
-    first = next(iter(grids.values()))
+    write(path, header(frozen), frozen, _tensors)
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json."""
+    grids: dict[str, dict[str, int]] = {}
+    for name in sorted(frozen.weights):
+        module, spec = _theirs(name).removesuffix(".weight"), frozen.weights[name].tensor.spec
+        grids[module] = {"group_size": spec.block[1], "bits": spec.type.bits}
+    first = next(iter(grids.values()), {})
     quantization = {**first, "mode": "affine", **{m: g for m, g in grids.items() if g != first}}
-    config = base_config(frozen) | described(frozen) | _old_keys(frozen.config) | {"quantization": quantization}
-    write(path, config, frozen, _tensors)
+    return base_config(frozen) | described(frozen) | _old_keys(frozen.config) | {"quantization": quantization}
 
 
 def caveats(frozen: Frozen) -> list[str]:

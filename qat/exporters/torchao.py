@@ -94,7 +94,12 @@ def export(frozen: Frozen, path: Path) -> None:
             raise UserError(f"{name} has scales that {dtype} cannot hold: use scale 'portable'")
         metadata[name] = json.dumps(_metadata(w, frozen.inputs.get(name.removesuffix(".weight")), dtype))
     metadata["tensor_names"] = json.dumps(sorted(metadata))
-    write(path, base_config(frozen) | described(frozen) | _config(frozen), frozen, _tensors, metadata)
+    write(path, header(frozen), frozen, _tensors, metadata)
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json."""
+    return base_config(frozen) | described(frozen) | _config(frozen)
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -228,7 +233,8 @@ def _weight(name: str, meta: dict[str, Any], tensors: dict[str, Tensor], said: Q
     codes, scale, zero = (tensors.pop(f"{name.removesuffix('weight')}_weight_{part}") for part in PARTS)
     bits = 8 if meta["_type"] == INT8 else int(data["target_dtype"]["_data"].removeprefix("int"))
     block = (1, -1) if data["block_size"][1] == codes.shape[1] else (1, data["block_size"][1])
-    asymmetric = said.offset is not None if said else bool(zero.any())
+    asymmetric = bool(zero.any()) or (said is not None and said.offset is not None)
+    said = None if said and asymmetric and said.offset is None else said  # the tensor is what torchao computes with
     kind: dict[str, Any] = {"range": "minmax", "offset": "zero_point"} if asymmetric else {}
     spec = QuantSpec(qtype=f"int{bits}", block=block, scale=str(scale.dtype).removeprefix("torch."), **kind)
     half = 2 ** (bits - 1)

@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer from the hub, a Hugging Face folder, or the embedded model.
+"""A causal language model and its tokenizer from the hub, a Hugging Face folder, or an embedded model.
 
 transformers only warns where weights are missing (and draws them at random) or where a tokenizer has no vocabulary
 (and returns an empty one). Here both are errors.
@@ -15,15 +15,14 @@ from safetensors import SafetensorError, safe_open
 from qat import hub
 from qat.errors import UserError
 
-EMBEDDED = "gpt2_mini"
-EMBEDDED_CONTEXT = 256  # tokens it was trained on; its later positions are untrained
-ASSETS = Path(__file__).parents[1] / "assets" / EMBEDDED
+EMBEDDED = {name: Path(__file__).parents[1] / "assets" / name for name in ("gpt2_mini", "llama_mini")}
+EMBEDDED_CONTEXT = 256  # tokens they were trained on; their later positions are untrained
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # of what a model needs besides weights
 
 
 class Loaded(NamedTuple):
-    """`source` is where the weights came from (hub id and commit, folder, or "gpt2_mini")."""
+    """`source` is where the weights came from (hub id and commit, folder, or an embedded model's name)."""
 
     model: Any
     tokenizer: Any
@@ -63,19 +62,19 @@ def load(
     explicit: bool = False,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Load `path`, a folder or a hub id; None is the embedded model, where `name` asks for it.
+    """Load `path`, a folder or a hub id; None is the embedded model called `name`.
 
-    `offline` says what an unreachable hub means: "error", or "gpt2_mini" to use the embedded model, which never
-    happens if the path is `explicit`. `dtype` and `device_map` go to transformers. Raises UserError.
+    `offline` says what an unreachable hub means: "error", or the embedded model to use, which never happens if the
+    path is `explicit`. `dtype` and `device_map` go to transformers. Raises UserError.
     """
     if dtype not in DTYPES:
         raise UserError(f"model.dtype={dtype} is not possible; choose one of {', '.join(DTYPES)}")
     hub.check_offline(offline, EMBEDDED, "model")
     options = {"dtype": dtype, "device_map": device_map, "trust_remote_code": trust_remote_code}
     if not path:
-        if name != EMBEDDED:
+        if name not in EMBEDDED:
             raise UserError(f"model={name} needs model.path: a Hugging Face folder or a hub id")
-        return Loaded(*_embedded(options), EMBEDDED, None)
+        return Loaded(*_embedded(name, options), name, None)
     if (folder := local(path)) is not None:
         return Loaded(*_read(folder, str(folder), options), str(folder), None)
 
@@ -85,8 +84,8 @@ def load(
     try:
         folder, _ = hub.fetch(path, "model", "model.path", choose)
     except hub.Unreachable as e:
-        fallback = hub.stand_in(path, used=EMBEDDED, offline=offline, explicit=explicit, reason=str(e), key="model")
-        return Loaded(*_embedded(options), EMBEDDED, fallback)
+        fallback = hub.stand_in(path, offline=offline, explicit=explicit, reason=str(e), key="model")
+        return Loaded(*_embedded(fallback.used, options), fallback.used, fallback)
     return Loaded(*_read(folder, path, options), f"{path}@{folder.name}", None)
 
 
@@ -115,13 +114,13 @@ def refuse_folder(folder: Path, label: str) -> dict[str, Any]:
     return config
 
 
-def _embedded(options: dict[str, Any]) -> tuple[Any, Any]:
-    if not (ASSETS / "config.json").is_file():
+def _embedded(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    if not (EMBEDDED[name] / "config.json").is_file():
         raise UserError(
-            "the embedded model (qat/assets/gpt2_mini) is missing from this installation; reinstall the package "
+            f"the embedded model (qat/assets/{name}) is missing from this installation; reinstall the package "
             "or give model.path"
         )
-    return _read(ASSETS, "the embedded model", options)
+    return _read(EMBEDDED[name], f"the embedded {name}", options)
 
 
 def _choose(repo: str, names: list[str], trust_remote_code: bool) -> list[str]:

@@ -17,7 +17,7 @@ from qat.conversion import calibrate, convert, freeze_observers, prepare
 from qat.data.stdlib import StdlibData
 from qat.evaluation import answer_text, mean_loss
 from qat.exporters import export
-from qat.models.load import ASSETS
+from qat.models.load import EMBEDDED
 from qat.quantizers.bias import round_biases
 from qat.recipes import CONFIGS
 from qat.runtimes.ort_text import Decoder, score
@@ -29,7 +29,7 @@ SCHEMES = ["onnxruntime_int4", "int4_g32", "int8_static", "int8_token"]
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Tensor]]:
     """(data, 64 windows of 256 tokens of the test split)."""
     data = StdlibData(block_size=256, batch_size=4)
-    data.attach(AutoTokenizer.from_pretrained(ASSETS))
+    data.attach(AutoTokenizer.from_pretrained(EMBEDDED["gpt2_mini"]))
     return data, data.evaluation("test", 64)
 
 
@@ -38,7 +38,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Tens
 def test_perplexity_and_text_are_those_of_the_fake_quantized_model(scheme: str, texts: Any, tmp_path: Path) -> None:
     data, batch = texts
     rules = instantiate(OmegaConf.load(Path(CONFIGS) / "scheme" / f"{scheme}.yaml"), _convert_="all")["rules"]
-    model = prepare(AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32), rules).eval()
+    model = prepare(AutoModelForCausalLM.from_pretrained(EMBEDDED["gpt2_mini"], dtype=torch.float32), rules).eval()
     if any(rule.scheme.static for rule in rules):
         ids = data.evaluation("validation", 16)["input_ids"]
         calibrate(model, ids.split(4), lambda m, part: m(input_ids=part))

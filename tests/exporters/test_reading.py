@@ -13,12 +13,11 @@ import torch
 from foreign_checkpoints import gptq, llama_gguf
 from gguf import GGMLQuantizationType, GGUFReader
 from parity import rules, trained
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
-from qat.exporters import export, read_any
+from qat.exporters import export
 from qat.rescue import source
 from qat.verification import verify
 
@@ -107,12 +106,12 @@ TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "marlin": ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not known"),
     "no version": ({"checkpoint_format": None}, "checkpoint_format None is not known"),
-    "other groups": ({"group_size": 64}, "group_size 64 with scales"),
-    "no groups": ({"group_size": 0}, "group_size 0 with scales"),
-    "whole rows": ({"group_size": -1}, "group_size -1 with scales"),
-    "no bits": ({"bits": 0}, "codes of 0 bits"),
+    "other groups": ({"group_size": 64}, "group_size is 64, with scales"),
+    "no groups": ({"group_size": 0}, "group_size is 0, with scales"),
+    "whole rows": ({"group_size": -1}, "group_size is -1, with scales"),
+    "no bits": ({"bits": 0}, "bits is 0"),
     "null bits": ({"bits": None}, "decoded"),
-    "many bits": ({"bits": 10**9}, "codes of 1000000000 bits"),
+    "many bits": ({"bits": 10**9}, "bits is 1000000000"),
 }
 
 
@@ -149,7 +148,9 @@ def test_settings_that_no_writer_meant(name: str, theirs: Path, tmp_path: Path) 
     folder = copied(theirs, tmp_path / "x")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").unlink()
-    (folder / "config.json").write_text(changed(config, ("quantization_config",), config["quantization_config"] | change))
+    (folder / "config.json").write_text(
+        changed(config, ("quantization_config",), config["quantization_config"] | change)
+    )
     with pytest.raises((UserError, VerifyError), match=said):
         source(folder)
 

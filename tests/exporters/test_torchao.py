@@ -75,7 +75,7 @@ def test_every_layer_quantizes_tokens_as_they_were_trained(name: str, loaded: di
 def test_8da4w_prompts(loaded: dict[str, Any]) -> None:
     found = differences(loaded["logits"]["8da4w"], logits(loaded["models"]["8da4w"][0], 50))
     assert (found <= 2e-6).double().mean() >= 1 / 3
-    assert found.median() <= 2e-6 or found.median() <= spread(loaded["models"]["8da4w"][0]).median()
+    assert found.median() <= spread(loaded["models"]["8da4w"][0]).median()
 
 
 @pytest.mark.parametrize("name", ["int8 dynamic", "mixed dynamic"])
@@ -108,7 +108,9 @@ def test_it_is_read_back_and_torchaos_tensors_hold_our_weights(
     assert back.digests() == frozen.digests()
     assert back.inputs == frozen.inputs
     assert back.ties == frozen.ties
-    assert not verify(path, against=path, runtime=False).differences
+    frozen.save(tmp_path / "frozen")
+    (path / "manifest.json").unlink()
+    assert not verify(path, against=tmp_path / "frozen", runtime=False).differences
     with safe_open(path / "model.safetensors", "pt") as f:
         tensors, left = support.unflatten_tensor_state_dict(load_file(path / "model.safetensors"), f.metadata())
     assert not left

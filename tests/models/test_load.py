@@ -115,16 +115,16 @@ def test_what_can_be_no_hub_id_is_a_missing_folder(path: str):
 def test_options_are_checked_before_anything_else():
     with pytest.raises(UserError, match=r"model\.dtype=int7 is not possible; choose one of float32, bfloat16"):
         load("x", dtype="int7")
-    with pytest.raises(UserError, match=r"model\.offline=maybe is not possible; choose error or gpt2_mini"):
+    with pytest.raises(UserError, match=r"model\.offline=maybe is not possible; choose error, gpt2_mini or llama_mini"):
         load("x", offline="maybe")
     with pytest.raises(UserError, match=r"model=hf needs model\.path"):
         load(None, name="hf")
 
 
 def test_the_embedded_model(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(source, "ASSETS", tmp_path / "nowhere")
+    monkeypatch.setitem(source.EMBEDDED, "gpt2_mini", tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"the embedded model .* is missing from this installation"):
         load(None, name="gpt2_mini")
-    monkeypatch.setattr(source, "ASSETS", whole)
+    monkeypatch.setitem(source.EMBEDDED, "gpt2_mini", whole)
     loaded = load(None, name="gpt2_mini")
     assert (loaded.source, loaded.name, loaded.fallback) == ("gpt2_mini", "gpt2_mini", None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from parity_spread import step
 from tiny_text_models import VOCAB, byte_level_tokenizer, tiny, tokenizer_files
 from torch import Tensor, nn
 
@@ -83,7 +84,8 @@ def last(net: nn.Module, prompts: list[list[int]]) -> tuple[Tensor, float]:
 def test_logits_equal_llama_cpps(name: str, model: str, kv_cache: str | None, tmp_path: Path) -> None:
     """Int8 activations are chaotic at the last bit: a sum that ends on a rounding boundary flips a code. So a third of
     the prompts must agree to 2e-6 of the largest logit, and the median must not exceed the spread between two valid
-    evaluations of the simulation itself, in float32 and float64. Without the simulation no prompt comes near."""
+    evaluations of the simulation itself, in float32 and float64, by more than one float32 step of a log-probability,
+    which is what llama.cpp reports. Without the simulation no prompt comes near."""
     net = prepared(f"llama_{name}", model, kv_cache)
     torch.manual_seed(1)
     prompts = [torch.randint(2, VOCAB, (8 + i % 5,)).tolist() for i in range(50)]
@@ -91,15 +93,15 @@ def test_logits_equal_llama_cpps(name: str, model: str, kv_cache: str | None, tm
     wide, _ = last(copy.deepcopy(net).double(), prompts)
     got = in_llama_cpp(net, prompts, tmp_path)
     error = (got - want).abs().amax(-1) / largest
-    spread = (wide.float() - want).abs().amax(-1) / largest
+    spread, unit = (wide.float() - want).abs().amax(-1) / largest, step(want, largest)
     print(
         f"{name} {model} {kv_cache}: within 2e-6 {(error < 2e-6).float().mean():.2f}, median {error.median():.1e}, "
-        f"spread {spread.median():.1e}"
+        f"spread {spread.median():.1e}, step {unit:.1e}"
     )
     for module in net.modules():
         if getattr(module, "input_quantizer", None) is not None:
             module.input_quantizer.enabled = False  # pyright: ignore
     plain, _ = last(net, prompts)
     assert (error < 2e-6).float().mean() >= 1 / 3
-    assert error.median() <= max(2e-6, spread.median().item())
+    assert error.median() <= spread.median() + unit
     assert (((got - plain).abs().amax(-1) / largest) > 1e-3).all()

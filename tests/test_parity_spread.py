@@ -1,0 +1,82 @@
+"""The evaluations that a simulation is held against itself with, and the causes that the parity table names."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity_causes import LAST_BIT, as_transformers, cause
+from parity_spread import moved, others, reordered, spreads, step
+
+import qat
+
+TOKEN = qat.QuantSpec(qtype="int8", divide="reciprocal", scale="float32")
+
+
+def net() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Tanh(), torch.nn.Linear(256, 32))
+    scheme = qat.Scheme(weight=qat.QuantSpec(qtype="int8"), input=TOKEN)
+    qat.prepare(layers, [qat.Rule(scheme=scheme)])
+    return layers.eval()
+
+
+def test_every_kind_is_as_valid_and_leaves_nothing_behind() -> None:
+    model, x, linear = net(), torch.randn(20, 256), F.linear
+    with torch.no_grad():
+        want = model(x)
+        found = others(model, lambda m: m(x.to(next(m.parameters()).dtype)))
+        assert F.linear is linear
+        assert torch.equal(model(x), want)
+        assert next(model.parameters()).dtype == torch.float32
+        largest = float(want.abs().max())
+        assert list(spreads(want, found, largest)) == ["float64", "order", "last bit"]
+        for other in (x for kind in found.values() for x in kind):
+            assert 0 < (other - want).abs().max() < 0.1 * largest
+
+
+def test_an_order_moves_the_last_bits_and_a_move_is_one_unit() -> None:
+    x, w = torch.randn(9, 500), torch.randn(7, 500)
+    with reordered(0):
+        assert 0 < (F.linear(x, w) - x @ w.t()).abs().max() < 1e-4
+    model, x, seen = net(), torch.randn(50, 256), []
+    with moved(model, 0), torch.no_grad():
+        hook = model[0].register_forward_pre_hook(lambda m, given: seen.append(given[0]))  # after the one that moves
+        model(x)
+    hook.remove()
+    above, below = (torch.nextafter(x, torch.tensor(sign * torch.inf)) for sign in (1, -1))
+    for neighbour in (above, below, x):
+        assert 0.3 < (seen[0] == neighbour).float().mean() < 0.37
+
+
+def test_one_step_of_a_log_probability() -> None:
+    assert step(torch.tensor([-1.0, -8.5]), 2.0) == 2.0**-21
+
+
+@pytest.mark.parametrize(
+    ("target", "exporter", "missed", "said"),
+    [
+        ("awq_int4", "awq", "none", ""),
+        ("awq_int4", "awq", "**logits**", "float16"),
+        ("portable_int4", "gguf", "**logits**, **greedy**", "trains none"),
+        ("llama_cpp", "gguf", "**logits**", LAST_BIT),
+        ("llama_cpp", "gguf", "**logits**, **perplexity**", "not traced"),
+    ],
+)
+def test_causes(target: str, exporter: str, missed: str, said: str) -> None:
+    error = torch.cat([torch.full((20,), 1e-7), torch.full((30,), 1e-3)])
+    found = cause(target, exporter, missed, None, error, 2e-3)
+    assert said in found
+    assert bool(said) == bool(found)
+    if said == LAST_BIT:
+        assert cause(target, exporter, missed, None, error, 5e-4) == "not traced"
+        assert cause(target, exporter, missed, None, error[10:], 2e-3) == "not traced"
+
+
+def test_the_formula_of_transformers_takes_vllms_place() -> None:
+    model = net()
+    other = as_transformers(model, "vllm_w8a8", "hf")
+    assert other is not None
+    x = torch.tensor([[-1.0, 0.5, 127.0]])
+    assert other[0].input_quantizer.qparams(x).scale.item() == pytest.approx(127 / 127.5)  # type: ignore[index]
+    assert model[0].input_quantizer.qparams(x).scale.item() == 1.0  # type: ignore[union-attr]
+    assert as_transformers(model, "vllm_w8a8_static", "hf") is None
+    assert "largest error is 3.0e-07" in cause("vllm_w8a8", "hf", "**logits**", torch.tensor([3e-7]), x, 1.0)

@@ -1,0 +1,97 @@
+"""Tensors one at a time: the library's own bytes, nothing left out, and no export that gathers the model in memory."""
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_text_models import INT4, VOCAB, byte_level_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qat.conversion import convert, prepare
+from qat.errors import UserError
+from qat.exporters import export
+from qat.frozen import Frozen
+from qat.scheme import Rule, Scheme
+from qat.streams import NAMES, Writer, info, stored, write
+
+TENSORS = {
+    **{f"é/{i}": torch.arange(5).to(torch.float32).to(dtype) for i, dtype in enumerate(NAMES)},
+    "scalar": torch.tensor(1.5),
+    "empty": torch.zeros(0, 3),
+    "transposed": torch.arange(6.0).reshape(2, 3).t(),
+}
+
+
+def test_the_bytes_are_the_librarys(tmp_path: Path) -> None:
+    save_file({n: t.contiguous() for n, t in TENSORS.items()}, tmp_path / "theirs", {"format": "pt"})
+    with Writer(tmp_path / "ours", {n: info(t) for n, t in TENSORS.items()}, {"format": "pt"}) as writer:
+        for name, tensor in reversed(TENSORS.items()):
+            writer.put(name, tensor)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    read = stored(tmp_path / "ours")
+    assert set(read) == set(load_file(tmp_path / "theirs"))
+    assert all(torch.equal(read[n].float(), t.float()) for n, t in TENSORS.items() if not t.is_complex())
+    with pytest.raises(KeyError):
+        read["another"]
+
+
+def test_a_tensor_that_is_not_as_announced_or_does_not_come_is_an_error(tmp_path: Path) -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="a was announced and did not come"):
+        write(tmp_path / "f", {"a": info(x)}, [])
+    for wrong in (x.t(), x.half()):
+        with pytest.raises(ValueError, match="was announced as"):
+            write(tmp_path / "f", {"a": info(x)}, [("a", wrong)])
+
+
+def growth(work: Callable[[], object]) -> int:
+    """By how many bytes the resident size grew at most."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+    def kilobytes(key: str) -> int:
+        return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key)).split()[1])
+
+    before = kilobytes("VmRSS")
+    work()
+    return (kilobytes("VmHWM") - before) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_step_gathers_the_model_in_memory(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
+    )
+    rules = [Rule(type="Linear", path="(?!lm_head).*", scheme=Scheme(weight=INT4))]
+    model = prepare(LlamaForCausalLM(config), rules)
+    codes = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
+    tokenizer = {"tokenizer.json": byte_level_tokenizer().to_str().encode()}
+    path = tmp_path / "frozen"
+    grown = {"convert": growth(lambda: convert(model, tokenizer=tokenizer, path=path))}
+    assert Frozen.load(path).digests() == convert(model, tokenizer=tokenizer).digests()
+    for target in ("hf", "gptq", "gguf"):
+
+        def made(target: str = target) -> None:
+            export(Frozen.load(path), target, tmp_path / target)
+
+        made()  # what it imports is not the model
+        grown[target] = growth(made)
+    assert max(grown.values()) < codes / 2, grown  # int8 codes, which eager loading would hold all at once
+
+
+def test_a_tensor_that_is_not_finite_leaves_no_folder(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = prepare(LlamaForCausalLM(config), [Rule(type="Linear", scheme=Scheme(weight=INT4))])
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    with pytest.raises(UserError, match=r"lm_head\.weight: the tensor holds NaN"):
+        convert(model, path=tmp_path / "frozen")
+    assert list(tmp_path.iterdir()) == []
