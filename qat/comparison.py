@@ -20,7 +20,7 @@ from qat.frozen import Frozen, FrozenInput
 from qat.tokenizer_diagnosis import difference as tokenizer_difference
 
 Json = dict[str, Any]
-QUANTIZATION = ("quantization_config", "quantization", "qat")
+QUANTIZATION = ("quantization_config", "quantization", "qat", "safetensors")  # the last: of weight files' headers
 FREE_KEYS = {  # may differ without changing what the model computes
     *("name", "_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures", "use_cache"),
     *QUANTIZATION,

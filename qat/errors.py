@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-CLOSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG)
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EEXIST)
+CLOSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 # safetensors has an exception of its own, and numpy's tofile an OSError without a number
 FULL_IN_WORDS = re.compile(r"No space left on device|Disk quota exceeded|File too large|requested and \d+ written")
 
@@ -41,7 +41,7 @@ def understood(what: object) -> Iterator[None]:
     except (UserError, VerifyError, ImportError):
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL:  # a temporary file of the reader
+        if isinstance(error, OSError) and error.errno in WRITING:  # a temporary file of the reader
             raise
         if isinstance(error, OSError) and error.strerror:
             raise VerifyError(f"{error.filename or what} cannot be read: {error.strerror}") from error
@@ -63,7 +63,7 @@ def disk_errors(path: Path | None = None) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         words = FULL_IN_WORDS.search(str(error))
         opened = getattr(error, "filename", None)  # of a copy that finds the disk full, it is the source
-        if words or number in FULL:
+        if words or number in WRITING:
             why = getattr(error, "strerror", None) or (words and words[0])
             where = path or opened or "to the disk"
             raise UserError(f"cannot write {where}: {why}; free some space there or write elsewhere") from error

@@ -73,12 +73,14 @@ def _kept(files: dict[str, bytes]) -> dict[str, bytes]:
     return {n: c for n, c in files.items() if n.startswith(TOKENIZER) or n == "generation_config.json"}
 
 
-def _skeleton(config: dict[str, Any], path: Path) -> Any:
-    """transformers' model of this config, without storage."""
+def _skeleton(config: dict[str, Any], path: Path, tensors: int) -> Any:
+    """transformers' model of this config, without storage. tensors: how many the checkpoint has."""
     import transformers
 
     try:
         loaded = transformers.AutoConfig.for_model(**config)
+        if (getattr(loaded, "num_hidden_layers", None) or 0) > tensors:
+            raise ValueError(f"{loaded.num_hidden_layers} layers, and {tensors} tensors in the checkpoint")
         cls: Any = getattr(transformers, (config.get("architectures") or [""])[0], None)
         with torch.device("meta"):
             return (
@@ -93,13 +95,13 @@ def _skeleton(config: dict[str, Any], path: Path) -> Any:
 
 def _completed(frozen: Frozen, path: Path) -> Frozen:
     """Ties and layer kinds from the model; biases of zeros that the model does not have (AutoGPTQ's) left out."""
-    model = _skeleton(frozen.config, path)
+    model = _skeleton(frozen.config, path, len(frozen.weights) + len(frozen.floats))
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     shapes |= {name: tuple(b.shape) for name, b in model.named_buffers(remove_duplicate=False)}
     held = {*frozen.weights, *frozen.floats}
     ties = {alias: name for alias, name in tied.items() if alias not in held and name in held}
-    floats = {n: t for n, t in frozen.floats.items() if n in shapes or bool(t.any())}
+    floats = {n: t for n, t in frozen.floats.items() if n in shapes or not n.endswith(".bias") or bool(t.any())}
     kinds = {f"{n}.weight": type(m).__name__ for n, m in model.named_modules()}
     weights = {n: replace(w, kind=_kind(kinds.get(n, w.kind), w)) for n, w in frozen.weights.items()}
     own = set(model.state_dict())

@@ -35,6 +35,19 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
         (tmp_path / "file" / "folder").mkdir()
 
 
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot open /x: Permission denied"), disk_errors():
+        raise OSError(errno.EACCES, "Permission denied", "/x")
+    with pytest.raises(UserError, match="cannot write out: Permission denied"), disk_errors(Path("out")):
+        raise OSError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("error", [OSError("34816 requested and 0 written"), OSError(errno.EFBIG, "File too large")])
+def test_numpys_words_for_a_full_disk_and_a_file_beyond_the_limit(error: OSError) -> None:
+    with pytest.raises(UserError, match="cannot write model: "), disk_errors(Path("model")):
+        raise error
+
+
 def test_other_errors_pass() -> None:
     with pytest.raises(OSError, match="broken") as caught, disk_errors():
         raise OSError(errno.EIO, "broken")

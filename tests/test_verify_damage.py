@@ -146,6 +146,22 @@ def test_torchaos_zero_points_of_a_symmetric_grid(copy: Callable[[str], Path], r
     assert "up_proj.weight: the codes are equal but one has a zero point" in differences(file.parent, root / "run")[0]
 
 
+def test_what_torchao_rebuilds_its_tensors_from(copy: Callable[[str], Path], root: Path) -> None:
+    file = copy("torchao") / "model.safetensors"
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    stored = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    for old, new in (
+        ("float32", "bfloat16"),
+        ("activation_quantization", "activation_quantizatioN"),
+        ("[1, 32]", "[3, 32]"),
+    ):
+        assert old in metadata[name]
+        save_file(stored, file, {**metadata, name: metadata[name].replace(old, new)})
+        assert differences(file.parent, root / "run")[0].startswith(f"config safetensors.{name}._data")
+
+
 @pytest.mark.parametrize("kind", ["hf", "onnx", "mlx", "gguf"])
 def test_a_missing_tokenizer_is_a_difference(kind: str, copy: Callable[[str], Path], root: Path) -> None:
     folder = copy(kind)

@@ -58,9 +58,7 @@ def missing_runtime() -> str | None:
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
     """Why AWQ cannot hold this parameter, and what to do; None if it can."""
-    if spec is not None and spec.type.bits != 4:
-        return f"AWQ has 4 bits, not {spec.type.bits}: use int4, or target gptq"
-    return gptq_layout.refuse(kind, shape, spec, config, METHOD)
+    return gptq_layout.refuse(kind, shape, spec, config, METHOD, (4,))
 
 
 def export(frozen: Frozen, path: Path) -> None:

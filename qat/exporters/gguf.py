@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
-from qat.exporters.gguf_blocks import BY_GGML, BlockType, block_type, refuse_grid
+from qat.exporters.gguf_blocks import BY_GGML, SCHEMES, BlockType, block_type, refuse_grid
 from qat.exporters.gguf_families.base import Family
 from qat.exporters.gguf_header import FILE, describe, embedding_rows, gguf_file, header, read_header
 from qat.exporters.gguf_models import (
@@ -34,15 +34,18 @@ from qat.exporters.gguf_models import (
 )
 from qat.exporters.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
 from qat.frozen import Frozen, FrozenWeight
-from qat.scheme import KV_CACHES, QuantSpec, Scheme
+from qat.scheme import GELUS, KV_CACHES, QuantSpec, Scheme
 from qat.streams import Later
 
 RUNTIME = "llama_cpp"
 __all__ = [
     "FILE",
+    "GELUS",
     "KV_CACHES",
     "RUNTIME",
+    "SCHEMES",
     "as_held",
+    "caveats",
     "export",
     "gguf_file",
     "header",
@@ -62,6 +65,7 @@ _FLOATS = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")  # keys of config.json
 _CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
 
 
@@ -99,6 +103,25 @@ def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
             f"llama_{held.ggml.name.lower()}, or leave `input` out"
         )
     return None
+
+
+def caveats(frozen: Frozen) -> list[str]:
+    """What llama.cpp rounds that training did not."""
+    out: list[str] = []
+    taken = {f"{module}.weight" for module in frozen.inputs}
+    used = [n for n, w in frozen.weights.items() if w.kind != "Embedding"]
+    used += [alias for alias, name in frozen.ties.items() if name in frozen.weights]
+    left = [n for n in used if n not in taken and frozen.ties.get(n) not in taken]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        out.append(
+            f"llama.cpp rounds the input of {left[0]}{more} to 8 bits, and training left it in floating point; "
+            "schemes llama_* train with that"
+        )
+    activation = [str(v) for key in ACTIVATIONS if (v := frozen.config.get(key))]
+    if any("gelu" in a for a in activation) and not frozen.config.get("gelu"):
+        out.append("llama.cpp reads GELU from a float16 table, training computed it; scheme.gelu=float16_table has it")
+    return out
 
 
 def _type(w: FrozenWeight) -> BlockType:
@@ -195,6 +218,8 @@ def read(path: Path) -> Frozen:
         raise UserError(f"{file} is a {fields.get('general.architecture')}; models that can be read: {known}")
     config = read_config(fields)
     family = FAMILIES[config["model_type"]]
+    if not 0 < family.n_layers(config) <= len(reader.tensors):
+        raise VerifyError(f"{file} says that it has {family.n_layers(config)} layers, in {len(reader.tensors)} tensors")
     table = {to: name for name, to in names(config["model_type"], family.n_layers(config)).items()}
     weights: dict[str, FrozenWeight] = {}
     floats: dict[str, Tensor] = {}

@@ -179,6 +179,8 @@ TYPES = (
     BlockType(_T.TQ2_0, _symmetric("ternary", 256), _Q8_K, pack_tq2_0, unpack_tq2_0),
 )
 BY_GGML = {t.ggml: t for t in TYPES}
+_NAMED = (_T.Q4_0, _T.Q4_1, _T.Q5_0, _T.Q8_0, _T.Q4_K, _T.Q6_K, _T.TQ2_0)
+SCHEMES = {f"llama_{t.name.lower()}": BY_GGML[t].spec for t in _NAMED}  # of configs/scheme, and their linears' grid
 
 
 def block_type(spec: QuantSpec) -> BlockType | None:

@@ -76,8 +76,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def gguf_file(path: Path) -> Path:
-    """`path` itself, or the .gguf file of that folder. Raises UserError if the folder has more than one."""
-    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-    if len(found) > 1 and path / FILE not in found:
+    """`path` itself, or of a folder its model.gguf, else its one .gguf file. Raises UserError if there is none."""
+    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if path / FILE in found:
+        return path / FILE
+    if len(found) != 1:
         raise UserError(f"{path} has {len(found)} .gguf files; name one file")
-    return found[0] if len(found) == 1 else path / FILE
+    return found[0]

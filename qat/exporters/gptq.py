@@ -37,6 +37,8 @@ RUNTIME = "transformers_folder"
 METHOD = "gptq"
 BITS = (2, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
+# where transformers' loader looks for layers (optimum.gptq.constants.BLOCK_PATTERNS)
+BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 __all__ = [
@@ -59,9 +61,11 @@ def missing_runtime() -> str | None:
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
     """Why GPTQ cannot hold this parameter, and what to do; None if it can."""
-    if spec is not None and spec.type.bits not in BITS:
-        return f"{spec.type.bits} bits do not fill words; int{min(BITS, key=lambda b: abs(b - spec.type.bits))} does"
-    return gptq_layout.refuse(kind, shape, spec, config, METHOD)
+    if why := gptq_layout.refuse(kind, shape, spec, config, METHOD, BITS):
+        return why
+    if spec is not None and config and not name.startswith(BLOCKS):
+        return f"transformers looks for GPTQ layers in {', '.join(BLOCKS)} alone; leave it out of the rules"
+    return None
 
 
 def export(frozen: Frozen, path: Path) -> None:
@@ -118,14 +122,15 @@ def read(path: Path) -> Frozen:
             parts = [tensors.pop(f"{module}.{k}") for k in PARTS[:3]]
             order = tensors.pop(f"{module}.g_idx", None)  # some writers leave it out where it is the usual one
             if order is not None:
-                _refuse_order(path, module, order, parts[2].shape[0], bool(found.get("desc_act")))
+                _refuse_order(path, module, order, parts, bits_of(found), bool(found.get("desc_act")))
             weights[f"{module}.weight"] = _weight(f"{module}.weight", parts, found, about, version == VERSIONS[0])
     return collect(path, config, about, weights, tensors)
 
 
-def _refuse_order(path: Path, module: str, order: Tensor, groups: int, said: bool) -> None:
+def _refuse_order(path: Path, module: str, order: Tensor, parts: list[Tensor], bits: int, said: bool) -> None:
     """Raises UserError if the columns of a group do not lie together, as the file said; VerifyError if it did not."""
-    if torch.equal(order.long(), torch.arange(len(order)) // (len(order) // groups)):
+    columns, groups = parts[0].shape[0] * 32 // bits, parts[2].shape[0]
+    if torch.equal(order.long(), torch.arange(columns) // (columns // groups)):
         return
     if not said:
         raise VerifyError(f"{path}: {module}.weight has its columns in another order (g_idx), but desc_act is false")

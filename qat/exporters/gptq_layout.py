@@ -25,16 +25,27 @@ GROUPS = (16, 32, 64, 128)
 
 
 def refuse(
-    kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any], method: str
+    kind: str,
+    shape: tuple[int, ...],
+    spec: QuantSpec | None,
+    config: dict[str, Any],
+    method: str,
+    widths: tuple[int, ...],
 ) -> str | None:
-    """Why the format cannot hold this parameter, and what to do; None if it can."""
+    """Why the format cannot hold this parameter, and what to do; None if it can. widths: the bits it has."""
     if reason := refuse_model(config):
         return reason
+    made = config.get("architectures") or ["ForCausalLM"]
+    if not made[0].endswith(("ForCausalLM", "LMHeadModel")):
+        return f"{method} is read for causal language models, not {made[0]}; use another target, such as hf or onnx"
     if spec is None:
         return None
     bits = spec.type.bits
     if kind != "Linear":
         return f"{method} is for Linear layers, not {kind}; leave it out of the rules"
+    if bits not in widths:
+        nearest = min(widths, key=lambda b: abs(b - bits))
+        return f"{bits} bits do not fit {method}, which has {', '.join(map(str, widths))}; int{nearest} does"
     if spec.block[0] != 1 or spec.block[1] not in (*GROUPS, -1):
         return (
             f"block {spec.block} does not fit; (1, {_nearest(spec.block[1])}) is the nearest, or (1, -1), a whole row"
@@ -44,7 +55,10 @@ def refuse(
     if spec.scale not in ("portable", "float16"):
         return f"scales are stored in float16: use scale 'portable' (exact in bfloat16 too), not {spec.scale!r}"
     if any(n * bits % 32 for n in shape):
-        return f"int{bits} codes are packed into int32 words both ways, so {shape} must be multiples of {32 // bits}"
+        return (
+            f"int{bits} codes are packed into int32 words both ways, so {shape} must be multiples of {32 // bits}; "
+            "leave it out of the rules, or export=hf, which has no such limit"
+        )
     return None
 
 

@@ -27,9 +27,11 @@ from qat.exporters.hf_folder import (
 )
 from qat.exporters.hf_layout import decode, describe, encode, encode_input, matrix
 from qat.frozen import Frozen, FrozenInput
-from qat.scheme import QuantSpec
+from qat.scheme import GELUS, KV_CACHES, QuantSpec
 
 RUNTIME = "transformers_folder"
+# qat.packed computes the first two
+__all__ = ["GELUS", "KV_CACHES", "RUNTIME", "caveats", "export", "header", "read", "refuse"]
 
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:

@@ -78,6 +78,8 @@ def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for quantized inputs, or scales that the model's dtype cannot hold."""
     for module, scheme in frozen.schemes().items():
         raise UserError(f"{module}: {refuse_scheme(scheme, frozen.config)}")
+    if not frozen.weights:
+        raise UserError("no weight is quantized, and MLX's affine folder is made of those")
     for name, w in frozen.weights.items():
         if why := refuse_values(name, w, frozen):
             raise UserError(why)

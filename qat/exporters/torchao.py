@@ -23,11 +23,13 @@ from qat.exporters.hf_folder import (
     float_dtype,
     frozen_weight,
     inputs_of,
+    opened,
     read_config,
     read_tensors,
     refuse_model,
     said_of,
     tokenizer_files,
+    weight_files,
     write,
 )
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
@@ -35,6 +37,7 @@ from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "transformers_folder"
 METHOD = "torchao"
+METADATA = "safetensors"  # key of `header`
 INTX, INT8 = "IntxUnpackedToInt8Tensor", "Int8Tensor"
 PARTS = ["qdata", "scale", "zero_point"]
 # torchao's inputs, a grid for each token: Int8DynamicActivationIntx (8da4w) and Int8DynamicActivationInt8
@@ -87,19 +90,32 @@ def export(frozen: Frozen, path: Path) -> None:
         if why := refuse_scheme(scheme, frozen.config):
             raise UserError(f"{module}: {why}")
     dtype = float_dtype(frozen)
-    metadata = {n: json.dumps({"_type": "Tensor"}) for n in frozen.floats}
     for name, w in frozen.weights.items():
         scale = w.tensor.scale
         if not torch.equal(scale.to(_scales(w, dtype)).float(), scale.float()):
             raise UserError(f"{name} has scales that {dtype} cannot hold: use scale 'portable'")
-        metadata[name] = json.dumps(_metadata(w, frozen.inputs.get(name.removesuffix(".weight")), dtype))
-    metadata["tensor_names"] = json.dumps(sorted(metadata))
-    write(path, header(frozen), frozen, _tensors, metadata)
+    made = header(frozen)
+    metadata = {name: json.dumps(value) for name, value in made.pop(METADATA).items()}
+    write(path, made, frozen, _tensors, metadata)
 
 
 def header(frozen: Frozen) -> dict[str, Any]:
-    """config.json."""
-    return base_config(frozen) | described(frozen) | _config(frozen)
+    """config.json and, under METADATA, the weight files' headers."""
+    dtype = float_dtype(frozen)
+    metadata: dict[str, Any] = {n: {"_type": "Tensor"} for n in frozen.floats}
+    for name, w in frozen.weights.items():
+        metadata[name] = _metadata(w, frozen.inputs.get(name.removesuffix(".weight")), dtype)
+    metadata["tensor_names"] = sorted(metadata)
+    return base_config(frozen) | described(frozen) | _config(frozen) | {METADATA: metadata}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What `header` made, of a folder. Raises VerifyError if it cannot be read."""
+    metadata: dict[str, Any] = {}
+    for file in weight_files(path):
+        with understood(file), opened(file) as f:
+            metadata |= {k: json.loads(v) for k, v in f.metadata().items() if k != "format"}
+    return read_config(path) | {METADATA: metadata}
 
 
 def caveats(frozen: Frozen) -> list[str]:

@@ -97,7 +97,9 @@ TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "no scales": ("scales", lambda t: t[:0].clone(), "ZeroDivisionError"),
     "one scale": ("scales", lambda t: t[0, 0].clone(), "decoded"),
     "one word": ("qweight", lambda t: t[0, 0].clone(), "decoded"),
-    "one order": ("g_idx", lambda t: t[0].clone(), "decoded"),
+    "no order": ("g_idx", lambda t: t[:0].clone(), "columns in another order"),
+    "whole scales": ("scales", lambda t: t.long(), "scales or offsets are torch.int64"),
+    "one order": ("g_idx", lambda t: t[0].clone(), "columns in another order"),
     "a scale of NaN": ("scales", spoiled(float("nan")), "NaN or infinite values in its scales"),
     "an infinite scale": ("scales", spoiled(float("inf")), "NaN or infinite values in its scales"),
     "a norm of NaN": ("norm.weight", spoiled(float("nan")), "holds NaN or infinite values"),
@@ -220,3 +222,30 @@ def test_any_bit_of_a_gguf_header(tmp_path: Path) -> None:
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1 :])
         with contextlib.suppress(UserError, VerifyError):
             source(file)
+
+
+def test_more_layers_than_tensors(theirs: Path, tmp_path: Path) -> None:
+    """Which would take hours to build."""
+    folder = copied(theirs, tmp_path / "x")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(changed(config, ("num_hidden_layers",), 10**9))
+    with pytest.raises(UserError, match="1000000000 layers, and"):
+        source(folder)
+    file = tmp_path / "x.gguf"
+    llama_gguf(file, GGMLQuantizationType.Q4_0)
+    count = GGUFReader(file, "r+").fields["llama.block_count"].parts[-1]
+    count[:] = 10**9
+    count.base.flush()
+    with pytest.raises(VerifyError, match="1000000000 layers, in"):
+        source(file)
+
+
+def test_zeros_that_the_model_has_no_place_for(theirs: Path, tmp_path: Path) -> None:
+    """Only AutoGPTQ's biases of zeros are left out."""
+    folder = copied(theirs, tmp_path / "x")
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    save_file({**stored, "more.weight": torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"no parameter more\.weight"):
+        source(folder)
