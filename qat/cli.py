@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from qat.errors import UserError, VerifyError, disk_errors, name_errors
+from qat.errors import UserError, VerifyError, disk_errors
 
 COMMANDS = {"eval": "evaluate", "export": "export", "verify": "verify", "inspect": "inspect", "generate": "generate"}
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         return train(argv[1:])
     args = _parser().parse_args(argv)
     try:
-        with name_errors(), disk_errors():
+        with disk_errors():
             args.run(args)
     except (UserError, VerifyError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qat.errors import UserError, VerifyError, disk_errors
+from qat.errors import UserError, VerifyError, disk_errors, understood
 
 MANIFEST = "manifest.json"
 OLD = ".old"
@@ -171,15 +171,14 @@ def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, every file it lists checked. Raises VerifyError naming the first that is missing or differs."""
-    try:
+    with understood(folder / MANIFEST):
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError) as e:
-        raise VerifyError(f"{folder / MANIFEST} is missing or unreadable ({e}); the folder cannot be trusted") from e
-    for name, entry in files.items():
+        digests = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
+        manifest |= {"kind": str(manifest["kind"]), "tensors": dict(manifest["tensors"])}
+    for name, said in digests.items():
         file = folder / name
         if not file.is_file():
             raise VerifyError(f"{file} is listed in the manifest but missing")
-        if sha256(file) != entry["sha256"]:
+        if sha256(file) != said:
             raise VerifyError(f"{file} is not the file in the manifest: its SHA-256 differs")
     return manifest

@@ -74,7 +74,7 @@ def _load(files: dict[str, bytes]) -> Any:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks on the terminal
         except Exception:  # of many kinds, the tokenizers library's plain Exception among them
             return None
 

@@ -14,7 +14,7 @@ import torch
 
 from qat import comparison, diagnosis, proof
 from qat.errors import UserError
-from qat.exporters import as_held, caveats, gguf, identify, made_of_others, read_any, target_module
+from qat.exporters import as_held, caveats, gguf, identify, made_of_others, read, read_any, target_module
 from qat.exporters.gguf_models import same_model
 from qat.exporters.hf_folder import float_dtype, read_config
 from qat.files import FAILED, read_manifest
@@ -41,7 +41,7 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
         verdict.unchecked.append(module.UNREADABLE)
         written = None
     else:
-        written = Frozen.load(path) if module is None else module.read(path)
+        written = Frozen.load(path) if module is None else read(module, path)
         verdict.figures["bits_per_weight"] = bits_per_weight(written)
     original = None
     rounded: list[str] = []

@@ -1,5 +1,6 @@
 """What the commands of an export refuse: text longer than the model, counts out of range, damaged folders."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,21 @@ def test_a_language_model_that_lost_its_tokenizer_is_told_so(
     (tmp_path / "frozen" / "frozen.json").write_text("{")
     assert cli.main(["eval", str(tmp_path)]) == 3
     assert "frozen.json cannot be read" in capsys.readouterr().err
+
+
+def test_paths_that_no_command_can_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "fifo.gguf")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder.gguf").mkdir()
+    paths = ("/dev/null", tmp_path / "fifo.gguf", tmp_path / "loop", tmp_path / "folder.gguf", tmp_path / ("x" * 300))
+    for path in paths:
+        for command in (["verify", str(path)], ["export", str(path), "--to", "hf", "--out", str(tmp_path / "out")]):
+            assert cli.main(command) == 2, command
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1
+            assert "cannot write" not in said
+    assert cli.main(["export", str(tmp_path), "--to", "hf", "--out", str(tmp_path / ("y" * 300))]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_runs_weights_move_to_an_equal_grid_as_another_tools_do(

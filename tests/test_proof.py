@@ -1,8 +1,10 @@
 """What a runtime's scores may differ by, and what is left of a comparison whose runtime is not there."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import foreign_checkpoints
 import pytest
 import torch
 from prepared_models import LINEAR, prepared
@@ -97,3 +99,12 @@ def test_a_missing_runtime_does_not_lose_the_comparison(run_dir: Path, monkeypat
     assert verdict.figures["codes_equal"] is True
     assert verdict.differences == []
     assert "  not run: loss in the runtime: pip install it" in verdict.lines()
+
+
+def test_code_that_a_tokenizer_brings_is_not_run_and_nobody_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    files = foreign_checkpoints.tokenizer()
+    named = json.loads(files["tokenizer_config.json"])
+    named["auto_map"] = {"AutoTokenizer": ["theirs.Tokenizer", None]}
+    assert proof._load(files)
+    assert proof._load({**files, "tokenizer_config.json": json.dumps(named).encode()}) is None
+    assert "Do you wish to run" not in capsys.readouterr().out

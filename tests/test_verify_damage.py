@@ -73,7 +73,6 @@ CHANGES: list[tuple[str, str, Any]] = [
     ("gptq", "group_size", 64),
     ("gptq", "sym", False),
     ("gptq", "desc_act", True),
-    ("gptq", "checkpoint_format", "gptq_v3"),
     ("awq", "group_size", 64),
     ("awq", "zero_point", False),
     ("awq", "modules_to_not_convert", []),

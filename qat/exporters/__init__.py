@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from qat.errors import UserError
+from qat.exporters.reading import read
 from qat.files import MANIFEST, atomic_folder, read_manifest, refuse_foreign, write_manifest
 from qat.frozen import Frozen
 
@@ -141,7 +142,7 @@ def read_any(path: Path) -> Frozen:
     if (path / "frozen.json").is_file():
         return Frozen.load(path)
     target, _ = identify(path)
-    return target_module(target).read(path)
+    return read(target_module(target), path)
 
 
 def _method(folder: Path) -> str:

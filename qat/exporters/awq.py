@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import VerifyError
+from qat.errors import UserError, understood
 from qat.exporters import gptq_layout
 from qat.exporters.gptq_layout import (
+    bits_of,
     caveats,
     check,
     collect,
@@ -101,17 +102,17 @@ def _unpack(x: Tensor) -> Tensor:
 
 
 def read(path: Path) -> Frozen:
-    """The folder back, of any writer of version "gemm". Raises UserError if it is not AWQ, VerifyError if damaged."""
+    """The folder back, of any writer of version "gemm". Raises UserError if it is not AWQ or of another version, and
+    anything (see reading.py) if it is damaged."""
     path = Path(path)
     config, found, about, tensors = open_folder(path, METHOD)
+    version = found.get("version", found.get("format", "gemm"))
+    if str(version).lower() != "gemm" or bits_of(found) != 4:
+        raise UserError(f"{path}: version {version!r} with {found['bits']} bits is not known; gemm with 4 can be read")
     weights: dict[str, FrozenWeight] = {}
-    try:
-        if str(found.get("version", found.get("format", "gemm"))).lower() != "gemm" or int(found["bits"]) != 4:
-            raise ValueError(f"version {found.get('version')!r} with {found['bits']} bits; gemm with 4 can be read")
-        for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+    for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+        with understood(f"{path}: {module}.weight"):
             codes, zero = (_unpack(tensors.pop(f"{module}.{k}")).t().contiguous() for k in ("qweight", "qzeros"))
             scale = tensors.pop(f"{module}.scales").t().contiguous()
             weights[f"{module}.weight"] = restored(f"{module}.weight", codes, zero, scale, found, about)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
     return collect(path, config, about, weights, tensors)

@@ -6,6 +6,7 @@ Codes and stored scales are packed as they are; norms, biases, positions and unq
 import math
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -21,7 +22,7 @@ from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
 from qat.exporters.gguf_blocks import BY_GGML, SCHEMES, BlockType, block_type, refuse_grid
 from qat.exporters.gguf_families.base import Family
-from qat.exporters.gguf_header import FILE, describe, embedding_rows, gguf_file, header, read_header, understood
+from qat.exporters.gguf_header import FILE, describe, embedding_rows, gguf_file, header, read_header
 from qat.exporters.gguf_models import (
     DERIVED,
     FAMILIES,
@@ -204,22 +205,21 @@ def _reordered(value: Tensor, order: Tensor | None) -> Tensor:
 def read(path: Path) -> Frozen:
     """A GGUF file, of any writer (or a folder with one), -> codes, stored scales and floats under Hugging Face names.
 
-    The tokenizer is not turned back into a tokenizer.json; `config` holds what the metadata says. Raises VerifyError
-    if the file cannot be read, UserError for a model or a tensor type that is unknown here.
+    The tokenizer is not turned back into a tokenizer.json; `config` holds what the metadata says. Raises UserError for
+    a model or a tensor type that is unknown here, VerifyError for unknown or overlapping tensors, and anything (see
+    reading.py) if the file is damaged.
     """
     file = gguf_file(path)
-    with understood(file):
-        return _read(file)
-
-
-def _read(file: Path) -> Frozen:
     reader = GGUFReader(file)
+    _refuse_overlap(file, reader)
     fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")}
     if fields.get("general.architecture") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise UserError(f"{file} is a {fields.get('general.architecture')}; models that can be read: {known}")
     config = read_config(fields)
     family = FAMILIES[config["model_type"]]
+    if not 0 < family.n_layers(config) <= len(reader.tensors):
+        raise VerifyError(f"{file} says that it has {family.n_layers(config)} layers, in {len(reader.tensors)} tensors")
     table = {to: name for name, to in names(config["model_type"], family.n_layers(config)).items()}
     weights: dict[str, FrozenWeight] = {}
     floats: dict[str, Tensor] = {}
@@ -244,6 +244,14 @@ def _read(file: Path) -> Frozen:
     tied = "output.weight" not in {t.name for t in reader.tensors}
     ties = {f"{family.head}.weight": f"{family.embedding}.weight"} if tied else {}
     return Frozen(weights, floats, ties=ties, config=config)
+
+
+def _refuse_overlap(file: Path, reader: GGUFReader) -> None:
+    """Raises VerifyError for two tensors that share bytes, as no writer makes them."""
+    tensors = sorted(reader.tensors, key=lambda t: int(t.data_offset))
+    for a, b in pairwise(tensors):
+        if int(a.data_offset) + int(a.n_bytes) > int(b.data_offset):
+            raise VerifyError(f"{file}: the tensors {a.name} and {b.name} overlap")
 
 
 def _read_weight(name: str, data: np.ndarray, block: BlockType, back: Tensor | None, family: Family) -> FrozenWeight:

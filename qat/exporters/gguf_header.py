@@ -1,15 +1,13 @@
 """A GGUF file's metadata: what `export` writes of a model, its name and its tokenizer, and what a file says of them."""
 
 import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFWriter, LlamaFileType
 from gguf.constants import GGML_QUANT_VERSION
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, understood
 from qat.exporters.gguf_blocks import block_type
 from qat.exporters.gguf_models import FAMILIES, write_metadata
 from qat.exporters.gguf_tokenizer import PHI3, swallows_spaces, write_tokenizer
@@ -75,15 +73,6 @@ def read_header(path: Path) -> dict[str, Any]:
     file = gguf_file(path)
     with understood(file):
         return {k: f.contents() for k, f in GGUFReader(file).fields.items() if not k.startswith("GGUF.")}
-
-
-@contextmanager
-def understood(file: Path) -> Generator[None]:
-    """What goes wrong in here is the file's fault: VerifyError."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise VerifyError(f"{file} is not a GGUF file that this export wrote: {error!r}") from error
 
 
 def gguf_file(path: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, understood
 from qat.exporters import compressed_tensors
 from qat.exporters.compressed_tensors_read import our_name, ours, translate
 from qat.exporters.hf_folder import (
@@ -22,7 +22,6 @@ from qat.exporters.hf_folder import (
     read_tensors,
     refuse_model,
     tokenizer_files,
-    understood,
     weight_files,
     write,
 )
@@ -125,21 +124,18 @@ def _shapes_and_scales(path: Path) -> tuple[dict[str, list[int]], dict[str, torc
 def read(path: Path) -> Frozen:
     """The folder back as codes, scales and floats, from either dialect, other writers' compressed-tensors included.
 
-    Raises UserError if it is not such a folder, VerifyError if it is damaged.
+    Raises UserError if it is not such a folder, and anything (see reading.py) if it is damaged.
     """
     path = Path(path)
     config, described = quantization(path)
     weights, inputs = {}, {}
-    with understood(path / "config.json"):
-        tensors = {n: ours(n, t, described) for key, t in read_tensors(path)[0].items() if (n := our_name(key))}
-        specs = [QuantSpec.from_dict(s) for s in described["specs"]]
-        for name, entry in described["weights"].items():
-            try:
-                weights[name] = decode(name, tensors, entry, specs[entry["spec"]])
-            except (KeyError, ValueError, RuntimeError) as e:
-                raise VerifyError(f"{path}: {name} cannot be decoded ({e})") from e
-        for module, entry in described["inputs"].items():
-            scale, offset = (tensors.pop(f"{module}.input_{part}", None) for part in ("scale", "offset"))
-            inputs[module] = FrozenInput(specs[entry["spec"]], entry["static"], scale, offset)
-        ties: dict[str, str] = dict(described["ties"])
+    tensors = {n: ours(n, t, described) for key, t in read_tensors(path)[0].items() if (n := our_name(key))}
+    specs = [QuantSpec.from_dict(s) for s in described["specs"]]
+    for name, entry in described["weights"].items():
+        with understood(f"{path}: {name}"):
+            weights[name] = decode(name, tensors, entry, specs[entry["spec"]])
+    for module, entry in described["inputs"].items():
+        scale, offset = (tensors.pop(f"{module}.input_{part}", None) for part in ("scale", "offset"))
+        inputs[module] = FrozenInput(specs[entry["spec"]], entry["static"], scale, offset)
+    ties: dict[str, str] = dict(described["ties"])
     return Frozen(weights, tensors, inputs, ties, config, tokenizer_files(path))

@@ -31,7 +31,12 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype that it was stored wider than, if that changes no value; else x, for `verify` to name."""
+    """x in a dtype that it was stored wider than, if that changes no value; else x, for `verify` to name.
+
+    Raises ValueError for what is no floating point.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"scales or offsets are {x.dtype}")
     out = x.to(dtype)
     return out if torch.equal(out.float(), x.float()) else x
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, understood
 from qat.exporters.hf_folder import (
     base_config,
     described,
@@ -154,7 +154,8 @@ def _ours(name: str, config: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> Frozen:
-    """The folder back, other writers' included. Raises UserError if it is not MLX's affine, VerifyError if damaged."""
+    """The folder back, other writers' included. Raises UserError if it is not MLX's affine, and anything (see
+    reading.py) if it is damaged."""
     path = Path(path)
     config = read_config(path)
     config.pop("quantization_config", None)  # mlx-lm writes the same twice
@@ -164,14 +165,12 @@ def read(path: Path) -> Frozen:
     about = config.pop("qat", None)
     tensors = read_tensors(path)[0]
     weights: dict[str, FrozenWeight] = {}
-    try:
-        for module in [n.removesuffix(".scales") for n in tensors if n.endswith(".scales")]:
+    for module in [n.removesuffix(".scales") for n in tensors if n.endswith(".scales")]:
+        with understood(f"{path}: {module}.weight"):
             parts = [tensors.pop(f"{module}.{k}") for k in ("weight", "scales", "biases")]
             grid = found.get(module, found)
             name = _ours(f"{module}.weight", config)
             weights[name] = _weight(name, parts, int(grid["bits"]), int(grid["group_size"]), about)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
     floats = {_ours(n, config): t for n, t in tensors.items()}
     floats = {n: t.t().contiguous() if CONV1D.fullmatch(n) else t for n, t in floats.items()}
     return Frozen(weights, floats, ties=(about or {}).get("ties", {}), config=config, tokenizer=tokenizer_files(path))

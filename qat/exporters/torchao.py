@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qat.affine import QTensor
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, understood
 from qat.exporters.hf_folder import (
     base_config,
     described,
@@ -29,7 +29,6 @@ from qat.exporters.hf_folder import (
     refuse_model,
     said_of,
     tokenizer_files,
-    understood,
     weight_files,
     write,
 )
@@ -214,7 +213,8 @@ def _recipe(spec: QuantSpec, dynamic: bool) -> dict[str, Any]:
 
 
 def read(path: Path) -> Frozen:
-    """The folder back, other writers' included. Raises UserError if it is not torchao's, VerifyError if damaged."""
+    """The folder back, other writers' included. Raises UserError if it is not torchao's, and anything (see reading.py)
+    if it is damaged."""
     path = Path(path)
     config = read_config(path)
     found = config.pop("quantization_config", None) or {}
@@ -224,8 +224,8 @@ def read(path: Path) -> Frozen:
     tensors, metadata = read_tensors(path)
     weights: dict[str, FrozenWeight] = {}
     inputs: dict[str, FrozenInput] = {}
-    try:
-        for name in json.loads(metadata["tensor_names"]):
+    for name in json.loads(metadata["tensor_names"]):
+        with understood(f"{path}: {name}"):
             meta = json.loads(metadata[name])
             if meta["_type"] == "Tensor":
                 continue
@@ -234,8 +234,6 @@ def read(path: Path) -> Frozen:
             if data.get("activation_quantization") or data.get("act_quant_kwargs"):
                 spec = SYMMETRIC if meta["_type"] == INT8 else ASYMMETRIC
                 inputs[name.removesuffix(".weight")] = FrozenInput(spec, static=False)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
     if about is not None and inputs_of(about) != inputs:
         raise VerifyError(f"{path}: its header and its config disagree on which inputs are quantized")
     return Frozen(weights, tensors, inputs, (about or {}).get("ties", {}), config, tokenizer_files(path))

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, understood
 from qat.exporters.compressed_tensors_read import our_name, ours
 from qat.exporters.hf import packed_tensors, quantization
-from qat.exporters.hf_folder import float_dtype, understood, weight_files
+from qat.exporters.hf_folder import float_dtype, weight_files
 from qat.exporters.hf_layout import describe
 from qat.frozen import Frozen
 from qat.modules.numerics import use_noted

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qat.affine import choose_qparams, quantize
 from qat.auditing import audit
 from qat.errors import UserError, VerifyError
-from qat.exporters import export, hf_folder, identify, torchao
+from qat.exporters import export, hf_folder, identify, read_any, torchao
 from qat.exporters.torchao import ASYMMETRIC, SYMMETRIC
 from qat.scheme import QuantSpec, Rule
 from qat.verification import verify
@@ -189,7 +189,7 @@ def test_damage_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "stored scales differ" in verify(path, against=tmp_path / "frozen", runtime=False).differences[0]
     save_file(tensors, path / "model.safetensors", {**metadata, "tensor_names": '["nothing.weight"]'})
     with pytest.raises(VerifyError, match="cannot be decoded"):
-        torchao.read(path)
+        read_any(path)
     monkeypatch.setattr(hf_folder, "SHARD_BYTES", 60_000)
     assert torchao.read(export(frozen, "torchao", tmp_path / "shards")).digests() == frozen.digests()
     with pytest.raises(UserError, match="quant_method"):
