@@ -33,6 +33,7 @@ from qat.exporters.gguf_models import (
     refuse_text,
 )
 from qat.exporters.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
+from qat.exporters.hf_layout import CONV1D
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import GELUS, KV_CACHES, QuantSpec, Scheme
 from qat.streams import Later
@@ -66,7 +67,6 @@ _FLOATS = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")  # keys of config.json
-_CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
 
 
 def missing_runtime() -> str | None:
@@ -155,7 +155,7 @@ def as_held(frozen: Frozen) -> Frozen:
 
 def _float_array(name: str, value: Tensor, family: Family) -> np.ndarray:
     value = _stored(name, value, family)
-    return (value.t() if name.endswith(_CONV1D) else value).contiguous().numpy()
+    return (value.t() if name.endswith(CONV1D) else value).contiguous().numpy()
 
 
 def export(frozen: Frozen, path: Path) -> None:
@@ -236,7 +236,7 @@ def read(path: Path) -> Frozen:
         elif tensor.tensor_type in _FLOATS:
             value = torch.from_numpy(np.array(tensor.data)).view(_FLOATS[tensor.tensor_type])
             value = _reordered(value, back)
-            value = value.t().contiguous() if name.endswith(_CONV1D) else value
+            value = value.t().contiguous() if name.endswith(CONV1D) else value
             floats[name] = family.restored(name, value)
         else:
             known = ", ".join([t.name for t in BY_GGML] + [t.name for t in _FLOATS])
@@ -257,7 +257,7 @@ def _refuse_overlap(file: Path, reader: GGUFReader) -> None:
 def _read_weight(name: str, data: np.ndarray, block: BlockType, back: Tensor | None, family: Family) -> FrozenWeight:
     codes, scale, offset = block.unpack(data if back is None else data[back.numpy()])
     tensor = QTensor(codes, scale, offset, block.spec)
-    if name.endswith(_CONV1D):
+    if name.endswith(CONV1D):
         return FrozenWeight(tensor, "Conv1D", (codes.shape[1], codes.shape[0]))
     kind = "Embedding" if name == f"{family.embedding}.weight" else "Linear"
     return FrozenWeight(tensor, kind, tuple(codes.shape))

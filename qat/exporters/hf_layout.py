@@ -17,6 +17,8 @@ from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.packing import pack, unpack
 from qat.scheme import QuantSpec, check_block
 
+CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); others (out, in)
+
 
 def matrix(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """(out, in) of a float parameter of this layer kind and shape."""
