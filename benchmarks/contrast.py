@@ -1,23 +1,29 @@
 """What the right grid is worth: the same model trained on the runtime's grid and on others, scored in the runtime.
 
-    python benchmarks/contrast.py            # to docs/contrast.md
-    python benchmarks/contrast.py --steps 5 --windows 2   # a look, printed only
+    python benchmarks/contrast.py            # three seeds, each score to outputs/contrast.jsonl, to docs/contrast.md
+    python benchmarks/contrast.py --first 3  # three more, say in another process
+    python benchmarks/contrast.py --seeds 0  # docs/contrast.md anew from what was recorded
+    python benchmarks/contrast.py --steps 5 --windows 2 --seeds 1 --record outputs/look.jsonl --print   # a look
 
-The embedded model is fine-tuned for the same steps on the same batches in each arm, written to GGUF and scored by
-llama.cpp itself on windows of 256 tokens of the embedded evaluation text. "Re-derived" means that the trained weights
-are handed over in floating point and quantized again by ggml's own rule (gguf-py's, byte for byte llama.cpp's), as
-every tool does that exports a float checkpoint.
+In every arm the embedded model is fine-tuned for the same steps at the same learning rate (AdamW, 3e-4, cosine) on the
+same batches, written out and scored by the runtime itself on windows of 256 tokens of the embedded evaluation text. A
+seed is another order of the training text, the same in all of its arms. "Re-derived" means that the trained weights are
+handed over in floating point and quantized again by ggml's own rule (gguf-py's, byte for byte llama.cpp's), as every
+tool does that exports a float checkpoint. Differences are paired: those of the same seeds and windows from the first
+arm of the runtime, with the standard error of their mean over seeds and over windows. "Not distinguishable" is said
+where zero lies in the 95% interval (Student's t) over seeds or in that over windows.
 """
 
 import argparse
 import copy
-import math
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import contrast_table
 import torch
 from gguf import quants
 from hydra.utils import instantiate
@@ -41,25 +47,27 @@ from qat.recipes import CONFIGS
 from qat.scheme import QuantSpec
 from qat.shipping import tokenizer_files
 
+RATE = 3e-4
+
 
 class Bench:
-    """The model, its data, and the figures so far."""
+    """The model, one seed's order of the data, and where its figures go."""
 
-    def __init__(self, steps: int, windows: int) -> None:
+    def __init__(self, args: argparse.Namespace, seed: int) -> None:
         self.loaded = load(None, name="gpt2_mini")
-        self.data = StdlibData(block_size=256, batch_size=8)
+        self.data = StdlibData(block_size=256, batch_size=args.batch, seed=seed)
         self.data.attach(self.loaded.tokenizer)
-        self.batch = self.data.evaluation("test", windows)
-        self.steps = steps
-        self.rows: list[str] = []
+        self.batch = self.data.evaluation("test", args.windows)
+        self.args, self.seed = args, seed
 
     def config(self) -> dict[str, Any]:
+        """The model's config.json."""
         config = self.loaded.model.config.to_dict()
         return {**config, "architectures": [type(self.loaded.model).__name__], "name": "contrast"}
 
-    def train(self, scheme: dict[str, Any] | None, quantizer: WeightQuantizer = MinMax, times: int = 1) -> Any:
-        """A fresh copy of the model, fine-tuned for steps * times under `scheme` (None: in floating point)."""
-        torch.manual_seed(0)
+    def train(self, scheme: dict[str, Any] | None, quantizer: WeightQuantizer = MinMax) -> Any:
+        """A fresh copy of the model, fine-tuned under `scheme` (None: in floating point)."""
+        torch.manual_seed(self.seed)
         net: Any = copy.deepcopy(self.loaded.model)
         if scheme is not None:
             extra = {k: v for k, v in scheme.items() if k != "rules"}
@@ -67,12 +75,11 @@ class Bench:
         scales = [p for n, p in net.named_parameters() if n.endswith("_quantizer.scale")]
         others = [p for n, p in net.named_parameters() if not n.endswith("_quantizer.scale")]
         groups = [{"params": others}, {"params": scales, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=1e-4 * (3 if times > 1 else 1), weight_decay=0.1)
-        steps = self.steps * times
-        schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+        optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.1)
+        schedule = get_cosine_schedule_with_warmup(optimizer, self.args.steps // 10, self.args.steps)
         net.train()
         batches = iter(self.data.train_dataloader())
-        for _ in range(steps):
+        for _ in range(self.args.steps):
             batch = next(batches)
             loss = net(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
             loss.backward()
@@ -83,38 +90,45 @@ class Bench:
         return net.eval()
 
     def frozen(self, net: Any) -> Frozen:
+        """The trained model's codes, scales and floats."""
         return qat.convert(net, config=self.config(), tokenizer=tokenizer_files(self.loaded.tokenizer))
 
     def in_torch(self, net: Any) -> float:
-        return evaluation.figures(evaluation.answer(net, self.batch, 8))["perplexity"]
+        """Loss of the model as trained, in nats."""
+        return evaluation.figures(evaluation.answer(net, self.batch, 8))["loss"]
 
-    def in_runtime(self, frozen: Frozen, exporter: str = "gguf") -> float:
+    def in_runtime(self, frozen: Frozen, exporter: str) -> list[float]:
+        """Loss of each window in the exporter's runtime, in nats."""
         with tempfile.TemporaryDirectory() as folder:
             path = export(frozen, exporter, Path(folder, exporter))
             got = runtimes.run(target_module(exporter).RUNTIME, path, score=self.batch["input_ids"])["score"]
-        return evaluation.figures({"nll": -got, "labels": self.batch["labels"]})["perplexity"]
+        return (-got).double().mean(1).tolist()  # no label is left out in this data: windows weigh the same
 
-    def row(self, runtime: str, arm: str, trained: float, run: float, best: float | None) -> None:
-        worse = "" if best is None else f"{math.log(run / best):+.4f}"
-        self.rows.append(f"| {runtime} | {arm} | {trained:.3f} | {run:.3f} | {worse} |")
-        print(self.rows[-1], flush=True)
+    def score(self, runtime: str, arm: str, trained: float, frozen: Frozen, exporter: str = "gguf") -> None:
+        """Score `frozen` in its runtime and add a line to the record."""
+        settings = f"{self.args.steps} steps of {self.args.batch} × 256 tokens, {self.args.windows} windows"
+        nll = self.in_runtime(frozen, exporter)
+        line = {"settings": settings, "seed": self.seed, "runtime": runtime, "arm": arm, "torch": trained, "nll": nll}
+        with self.args.record.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+        print(f"{self.seed} | {runtime} | {arm} | {trained:.4f} | {sum(nll) / len(nll):.4f}", flush=True)
 
 
 def scheme(name: str) -> dict[str, Any]:
+    """A scheme of configs/scheme as objects."""
     return instantiate(OmegaConf.load(CONFIGS / "scheme" / f"{name}.yaml"), _convert_="all")
 
 
-def with_linears(name: str, change: Callable[[QuantSpec], QuantSpec]) -> dict[str, Any]:
-    """A scheme whose last rule, that of the linears, has another weight grid and float inputs."""
-    found = scheme(name)
-    last = found["rules"][-1]
-    found["rules"][-1] = replace(last, scheme=replace(last.scheme, weight=change(last.scheme.weight), input=None))
-    return found
+def weight_only(name: str, change: Callable[[QuantSpec], QuantSpec] = lambda spec: spec) -> dict[str, Any]:
+    """A scheme without its activations, and with another weight grid in its last rule, that of the linears."""
+    *others, last = [replace(r, scheme=replace(r.scheme, input=None)) for r in scheme(name)["rules"]]
+    last = replace(last, scheme=replace(last.scheme, weight=change(last.scheme.weight)))
+    return {"rules": [*others, last]}
 
 
 def rederived(frozen: Frozen, values: dict[str, Tensor], linear: str) -> Frozen:
     """`frozen` with codes and scales that ggml's own quantizer gives `values` (by parameter name, as the float layer
-    stores them): linears on its type `linear`, the embedding on Q8_0."""
+    stores them): linears on its type `linear`, the embedding on Q8_0. Floats too are those of `values`, if there."""
     types = {t.ggml.name: t for t in TYPES}
     weights = {}
     for name, w in frozen.weights.items():
@@ -122,7 +136,8 @@ def rederived(frozen: Frozen, values: dict[str, Tensor], linear: str) -> Frozen:
         matrix = values[name].t().contiguous() if w.kind == "Conv1D" else values[name]
         codes, scale, offset = held.unpack(quants.quantize(matrix.detach().numpy(), held.ggml))
         weights[name] = replace(w, tensor=QTensor(codes, scale, offset, held.spec))
-    return replace(frozen, weights=weights, inputs={})
+    floats = {name: values.get(name, value) for name, value in frozen.floats.items()}
+    return replace(frozen, weights=weights, floats=floats, inputs={})
 
 
 def bfloat16_scales(frozen: Frozen) -> Frozen:
@@ -134,73 +149,71 @@ def bfloat16_scales(frozen: Frozen) -> Frozen:
     return replace(frozen, weights=weights)
 
 
-def q4_0(b: Bench) -> None:
-    """llama.cpp's Q4_0: trained with its activations; and five other ways to get there."""
-    net = b.train(scheme("llama_q4_0"))
-    right = b.frozen(net)
-    best = b.in_runtime(right)
-    b.row("llama.cpp Q4_0", "its grid and its activations (`target=llama_cpp`)", b.in_torch(net), best, None)
-    masters = {n: p.detach() for n, p in net.named_parameters()}
-    again = b.in_runtime(rederived(right, masters, "Q4_0"))
-    b.row("llama.cpp Q4_0", "the same, its float master weights re-derived", b.in_torch(net), again, best)
-    net = b.train(scheme("int4_g32"))
-    b.row("llama.cpp Q4_0", "its grid, float activations", b.in_torch(net), b.in_runtime(b.frozen(net)), best)
-    net = b.train(with_linears("llama_q4_0", lambda s: replace(s, range="absmax_half", scale="float32")))
-    other = b.frozen(net)
-    values = {n: w.dequantize() for n, w in other.weights.items()}
-    again = b.in_runtime(rederived(other, values, "Q4_0"))
-    b.row("llama.cpp Q4_0", "another int4 grid (max/7.5, float32 scales), re-derived", b.in_torch(net), again, best)
-    trained, exact = b.in_torch(net), b.in_runtime(replace(other, inputs={}), "hf")
-    b.row("transformers", "max/7.5, float32 scales kept", trained, exact, None)
-    rounded = b.in_runtime(bfloat16_scales(replace(other, inputs={})), "hf")
-    b.row("transformers", "max/7.5, scales rounded to bfloat16 on export", trained, rounded, exact)
+def state(net: Any) -> dict[str, Tensor]:
+    """Float parameters and buffers by name."""
+    return {n: p.detach() for n, p in (*net.named_parameters(), *net.named_buffers())}
+
+
+def right_grid(b: Bench, kind: str, name: str, quantizer: WeightQuantizer) -> Frozen:
+    """Trained on the grid of ggml's type `kind`, with its activations and without; gives the former."""
+    runtime = f"llama.cpp {kind}"
+    net = b.train(scheme(name), quantizer)
+    right, trained = b.frozen(net), b.in_torch(net)
+    b.score(runtime, "its grid and its activations", trained, right)
+    b.score(runtime, "the same, its float master weights re-derived", trained, rederived(right, state(net), kind))
+    net = b.train(weight_only(name), quantizer)
+    b.score(runtime, "its grid, float activations", b.in_torch(net), b.frozen(net))
+    return right
+
+
+def other_grid(b: Bench, kind: str, arm: str, spec: dict[str, Any], quantizer: WeightQuantizer) -> tuple[float, Frozen]:
+    """Trained on another grid and re-derived to ggml's type `kind`; gives the loss in torch and what was trained."""
+    net = b.train(spec, quantizer)
+    found, trained = b.frozen(net), b.in_torch(net)
+    values = {n: w.dequantize() for n, w in found.weights.items()}
+    b.score(f"llama.cpp {kind}", f"{arm}, re-derived", trained, rederived(found, values, kind))
+    return trained, found
+
+
+def run(b: Bench) -> None:
+    """All arms of one seed."""
+    right = right_grid(b, "TQ2_0", "llama_tq2_0", LSQ)
     net = b.train(None)
-    masters = {n: p.detach() for n, p in net.named_parameters()}
-    again = b.in_runtime(rederived(right, masters, "Q4_0"))
-    b.row("llama.cpp Q4_0", "no grid: float fine-tuning, re-derived", b.in_torch(net), again, best)
-    again = b.in_runtime(rederived(right, masters, "TQ2_0"))
-    b.row("llama.cpp TQ2_0", "no grid: float fine-tuning, re-derived", b.in_torch(net), again, None)
-
-
-def tq2_0(b: Bench, times: int) -> None:
-    """Ternary: learned scales on the runtime's grid; handed over as codes, and as float master weights."""
-    net = b.train(scheme("llama_tq2_0"), LSQ, times)
-    right = b.frozen(net)
-    best = b.in_runtime(right)
-    b.row("llama.cpp TQ2_0", "its grid and its activations, learned scales", b.in_torch(net), best, None)
-    masters = {n: p.detach() for n, p in net.named_parameters()}
-    again = b.in_runtime(rederived(right, masters, "TQ2_0"))
-    b.row("llama.cpp TQ2_0", "the same, its float master weights re-derived", b.in_torch(net), again, best)
-    net = b.train(with_linears("llama_tq2_0", lambda s: replace(s, qtype="int2", block=(1, 32))), LSQ, times)
-    other = b.frozen(net)
-    values = {n: w.dequantize() for n, w in other.weights.items()}
-    again = b.in_runtime(rederived(other, values, "TQ2_0"))
-    b.row("llama.cpp TQ2_0", "another 2-bit grid (int2 in groups of 32), re-derived", b.in_torch(net), again, best)
+    floating, loss, no_grid = state(net), b.in_torch(net), "no grid: float fine-tuning, re-derived"
+    b.score("llama.cpp TQ2_0", no_grid, loss, rederived(right, floating, "TQ2_0"))
+    right_grid(b, "Q4_0", "llama_q4_0", MinMax)
+    b.score("llama.cpp Q4_0", no_grid, loss, rederived(right, floating, "Q4_0"))
+    half = weight_only("llama_q4_0", lambda s: replace(s, range="absmax_half", scale="float32"))
+    loss, found = other_grid(b, "Q4_0", "another int4 grid (max/7.5, float32 scales)", half, MinMax)
+    b.score("transformers", "max/7.5, float32 scales kept", loss, found, "hf")
+    b.score("transformers", "the same, scales rounded to bfloat16", loss, bfloat16_scales(found), "hf")
+    int2 = weight_only("llama_tq2_0", lambda s: replace(s, qtype="int2", block=(1, 32)))
+    other_grid(b, "TQ2_0", "another 2-bit grid (int2 in groups of 32)", int2, LSQ)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, help="of each arm (default 100, and docs/contrast.md is written)")
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--ternary", type=int, default=2, help="times as many steps for ternary arms")
+    """The command line."""
+    about, *_ = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--seeds", type=int, default=3, help="how many orders of the training text")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
+    parser.add_argument("--steps", type=int, default=60, help="of each arm")
+    parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens in a step")
+    parser.add_argument("--windows", type=int, default=32, help="of evaluation text")
+    parser.add_argument("--record", type=Path, default=Path("outputs/contrast.jsonl"), help="each score is appended")
+    parser.add_argument("--print", action="store_true", help="leave docs/contrast.md as it is")
     args = parser.parse_args()
-    b = Bench(args.steps or 100, args.windows)
-    head = (
-        "| runtime | trained on | in torch | in the runtime | worse than the right grid, nats |\n|---|---|---|---|---|"
-    )
-    print(head, flush=True)
-    b.row("torch", "float, not fine-tuned", b.in_torch(b.loaded.model), b.in_torch(b.loaded.model), None)
-    q4_0(b)
-    tq2_0(b, args.ternary)
-    if args.steps is None:
-        about = " ".join((__doc__ or "").split("\n\n")[2].split())
-        setting = (
-            f"{b.steps} steps of 8 × 256 tokens ({args.ternary} times as many for ternary), {args.windows} windows"
-        )
-        run = f"`python benchmarks/contrast.py`, {setting}, {machine(torch.get_num_threads())}."
-        text = f"# What the right grid is worth\n{about}\n\n{run}"
-        table = "\n".join([head, *b.rows])
-        Path(__file__).parents[1].joinpath("docs/contrast.md").write_text(f"{text}\n\n{table}\n", encoding="utf-8")
+    args.record.parent.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.first, args.first + args.seeds):
+        run(Bench(args, seed))
+    records = contrast_table.read(args.record)
+    print(contrast_table.table(records))
+    if not args.print:
+        text = " ".join((__doc__ or "").split("\n\n")[2].split())
+        seeds = len({r["seed"] for r in records})
+        ran = f"`python benchmarks/contrast.py --seeds {seeds}`, {records[-1]['settings']}, "
+        ran += f"{machine(torch.get_num_threads())}."
+        contrast_table.write(f"{text}\n\n{ran}", records)
 
 
 if __name__ == "__main__":

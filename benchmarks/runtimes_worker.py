@@ -46,11 +46,12 @@ def llama_cpp(path: Path, threads: int) -> Round:
     """The wheel's server with its default settings: flash attention where it can, a float16 cache, warmed up."""
     import xllamacpp
 
-    from qat.runtimes.llama_cpp import _file, _Server
+    from qat.exporters.gguf_header import gguf_file
+    from qat.runtimes.llama_cpp import _Server
 
     x: Any = xllamacpp
     params = x.CommonParams()
-    params.model.path = str(_file(path))
+    params.model.path = str(gguf_file(path))
     params.hostnames = ["127.0.0.1"]
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_gpu_layers = 0

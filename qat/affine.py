@@ -60,18 +60,6 @@ def untile(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(nr * r, nc * c)
 
 
-class _Store(torch.autograd.Function):
-    """Round to the stored form and come back to float32; the gradient passes unchanged, in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, stored: str | QuantSpec) -> Tensor:
-        return store_scale(value, stored).float()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
 def store_scale(value: Tensor, stored: str | QuantSpec) -> Tensor:
     """A float32 scale (R/r, C/c) as it will be stored: never 0, in a dtype at least its smallest normal number, or of
     a quantized scale at least one step."""
@@ -93,11 +81,6 @@ def _store_quantized(value: Tensor, spec: QuantSpec, least: float) -> Tensor:
     else:
         codes = codes.clamp(min=least)
     return from_codes(codes, grid.scale, None, spec, torch.float32)
-
-
-def store_ste(value: Tensor, stored: str | QuantSpec) -> Tensor:
-    """float32 -> the float32 value of the stored scale, with an identity gradient (for learned scales)."""
-    return typing.cast(Tensor, _Store.apply(value, stored))  # pyright: ignore[reportUnknownMemberType]
 
 
 def block_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

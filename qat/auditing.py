@@ -16,7 +16,12 @@ from torch import nn
 from qat.errors import UserError
 from qat.modules import LAYERS, full_name
 from qat.modules import kind as kind_of
+from qat.nearest import divides, nearest, whole_block
 from qat.scheme import QuantSpec, Rule, bits_per_weight
+
+TAKE_CONV1D = (
+    "give target=llama_cpp, target=mlx, target=onnxruntime_int4 or target=portable_int4, which take Conv1D as well"
+)
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,8 @@ def audit(
             if holder is not row:
                 row = _tie(holder, row)
             rows.append(row)
-    _refuse_unused(rules, used, model)
-    _refuse_shapes(rows, targets)
+    _refuse_unused(rules, used, model, targets)
+    _refuse_shapes(rows, targets, config or {})
     _refuse_inputs(rows, rules)
     rows = _resolve_ties(rows)
     for target in targets:
@@ -191,32 +196,40 @@ def _refuse_inputs(rows: list[Row], rules: Sequence[Rule]) -> None:
             )
 
 
-def _refuse_unused(rules: Sequence[Rule], used: set[int], model: nn.Module) -> None:
+def _refuse_unused(rules: Sequence[Rule], used: set[int], model: nn.Module, targets: Sequence[str]) -> None:
     for i, rule in enumerate(rules):
         if i in used:
             continue
-        kinds = sorted({kind_of(m) for m in model.modules() if full_name(m) in LAYERS})
+        found = {kind_of(m): n for n, m in reversed(list(model.named_modules())) if full_name(m) in LAYERS}
+        remedy = "correct or remove the rule (an earlier one may win)"
+        if targets and "Conv1D" in found and re.fullmatch(rule.type, "Linear"):
+            remedy = f"this scheme takes Linear layers alone, and {found['Conv1D']} is a Conv1D; {TAKE_CONV1D}"
         raise UserError(
             f"rule {i + 1} (path {rule.path!r}, type {rule.type!r}) decides nothing in this model, whose quantizable "
-            f"layers are of type {', '.join(kinds) or 'none'}; correct or remove the rule (an earlier one may win)"
+            f"layers are of type {', '.join(sorted(found)) or 'none'}; {remedy}"
         )
 
 
-def _refuse_shapes(rows: list[Row], targets: Sequence[str]) -> None:
-    for row in rows:
-        if row.spec is None:
-            continue
-        try:
-            bits_per_weight(row.spec, row.matrix)
-        except ValueError as e:
-            channel = f"scheme={'int4' if row.spec.type.bits <= 4 else 'int8'}_channel"
-            if targets:  # a target sets a scheme of its own, and GGUF has no such grid
-                channel = f"target=null {channel} export=hf"
-            path = re.sub(r"\.\d+\\", r".\\d+\\", re.escape(row.module))
-            raise UserError(
-                f"{row.name}: {e}; give {channel} for one scale a row, or leave such layers in floating point by the "
-                f"rule {{_target_: qat.scheme.Rule, path: '{path}'}} put first in a scheme file"
-            ) from e
+def _refuse_shapes(rows: list[Row], targets: Sequence[str], config: dict[str, Any]) -> None:
+    odd = [row for row in rows if row.spec is not None and not divides(row.spec, row.matrix)]
+    if not odd:
+        return
+    typed: list[str | None] = []
+    for rule, spec in dict.fromkeys((row.rule, row.spec) for row in odd):
+        assert rule is not None
+        assert spec is not None
+        same = [(r.name, r.kind, r.shape, r.matrix) for r in rows if r.rule == rule and r.spec is not None]
+        typed.append(nearest(same, spec, rule, targets, config))
+    named = [t for t in typed if t]
+    whole = next((t for t in named if t.startswith("target=")), " ".join(named))  # a scheme settles every rule
+    first, spec = odd[0], odd[0].spec
+    assert spec is not None
+    path = re.sub(r"\.\d+\\", r".\\d+\\", re.escape(first.module))
+    raise UserError(
+        f"{first.name} is {first.matrix[0]} rows of {first.matrix[1]} weights, which blocks of {whole_block(spec)} do "
+        f"not divide; {f'give {whole}, or ' if None not in typed else ''}leave such layers in floating point by the "
+        f"rule {{_target_: qat.scheme.Rule, path: '{path}'}} put first in a scheme file"
+    )
 
 
 def _refuse_target(rows: list[Row], target: str, config: dict[str, Any], rules: Sequence[Rule]) -> None:
@@ -228,6 +241,8 @@ def _refuse_target(rows: list[Row], target: str, config: dict[str, Any], rules: 
         if why is None and refuse_scheme and scheme and row.kind != "Embedding":
             why = refuse_scheme(scheme, config)
         if why:
+            if row.kind == "Conv1D" and module.refuse(row.name, "Linear", row.shape, row.spec, config) is None:
+                why = f"{why}, or {TAKE_CONV1D}"
             raise UserError(f"export to {target}: {row.name} (shape {tuple(row.shape)}): {why}")
     together = getattr(module, "refuse_together", None)  # of formats with one grid for the whole file
     specs = {row.name: row.spec for row in rows if row.spec is not None}

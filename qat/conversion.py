@@ -13,7 +13,7 @@ from qat.errors import UserError
 from qat.frozen import Frozen, FrozenInput, FrozenWeight, blank, open_frozen, write_frozen
 from qat.modules import quantized_class
 from qat.modules.base import QuantLayer
-from qat.modules.gelu import use_table_gelu
+from qat.modules.numerics import refuse_numerics, use_numerics
 from qat.observers.base import Observer
 from qat.observers.minmax import MinMaxObserver
 from qat.quantizers.base import FakeQuantize
@@ -39,23 +39,17 @@ def prepare(
     Call it before the optimiser is made and before a checkpoint is loaded: learned scales are parameters. Weights
     keep their names and their identity. weight(spec, tensor (out, in)) makes the weight quantizers; observer() the
     ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`); kv_cache, one of
-    KV_CACHES, computes attention as over its cache (`qat.modules.attention`), and is noted in the model's config.
-    Raises UserError as `audit` does, or if the model is prepared already.
+    KV_CACHES, computes attention as over its cache (`qat.modules.attention`); both are noted in the model's config.
+    Raises UserError as `audit` does, or if the model is prepared already; the model is then as it was.
     """
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UserError("this model is prepared already; prepare a float model, once")
-    if gelu not in (None, "float16_table"):
-        raise UserError(f"gelu={gelu} is not possible; choose float16_table or leave it out")
-    if gelu:
-        use_table_gelu(model)
-    if kv_cache:
-        from qat.modules.attention import use_kv_cache
-
-        use_kv_cache(model, kv_cache)
-        model.config.kv_cache = kv_cache  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType, reportOptionalMemberAccess]
+    rows = audit(model, rules).rows
+    refuse_numerics(model, gelu, kv_cache)
+    replaced: list[tuple[str, str, nn.Module]] = []  # all at the end: a refused model stays as it was
     shared: dict[int, FakeQuantize] = {}  # one quantizer for each tied tensor
     inputs: dict[tuple[str, int], FakeQuantize] = {}
-    for row in audit(model, rules).rows:
+    for row in rows:
         if row.rule is None or not row.name.endswith("weight") or (row.spec is None and not rules[row.rule].scheme):
             continue
         rule = rules[row.rule]
@@ -77,7 +71,10 @@ def prepare(
             taken = inputs[key]
         device = next(layer.parameters()).device
         new = cls.from_float(layer, quantizer, taken).to(device)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        replaced.append((parent, leaf, new))
+    for parent, leaf, new in replaced:
         setattr(model.get_submodule(parent), leaf, new)
+    use_numerics(model, gelu, kv_cache)
     return model
 
 

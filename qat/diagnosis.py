@@ -13,20 +13,9 @@ import torch
 from torch import Tensor
 
 from qat.affine import QTensor
+from qat.code_orders import code_order
 from qat.frozen import Frozen, FrozenWeight
 from qat.regrid import signed_codes, spread
-
-AWQ = [0, 2, 4, 6, 1, 3, 5, 7]
-# kind of a column order -> where, in each run of as many columns, the right code lies
-NIBBLES = {
-    "the two nibbles of every byte are swapped": [1, 0],
-    "every 8 codes are in AWQ's order": AWQ,
-    "every 8 codes are in the order before AWQ's": [AWQ.index(i) for i in range(8)],
-    "every 8 codes are reversed": list(range(7, -1, -1)),
-    "low and high nibbles are swapped (each half of 32 codes)": [*range(16, 32), *range(16)],
-    "nibbles are interleaved, not in halves of 32 codes": [i // 2 + 16 * (i % 2) for i in range(32)],
-    "nibbles are in halves of 32 codes, not interleaved": [2 * (i % 16) + i // 16 for i in range(32)],
-}
 
 
 class Finding(NamedTuple):
@@ -60,6 +49,8 @@ def weights(have: FrozenWeight, want: FrozenWeight) -> Finding | None:
         turned = a.codes.shape == b.codes.shape[::-1] and torch.equal(signed_codes(a).t(), signed_codes(b))
         if turned:
             return Finding("transposition", f"the matrix is transposed: {tuple(a.codes.shape)}{_swapped(have, want)}")
+        if said := _turned(have.dequantize(), want.dequantize()):
+            return Finding("transposition", said)
         return Finding("shape", f"the codes have shape {tuple(a.codes.shape)}, not {tuple(b.codes.shape)}")
     codes = _codes(have, want)
     if codes is not None:
@@ -92,14 +83,15 @@ def floats(have: Tensor, want: Tensor) -> Finding | None:
 
 
 def against_float(written: Frozen, original: Frozen) -> tuple[dict[str, Any], list[str]]:
-    """How far every quantized weight is from the unquantized model it was made of: figures worst (its name),
-    worst_sqnr and mean_sqnr in dB, and what is wrong.
+    """How far every weight is from the unquantized model it was made of: figures worst (its name), worst_sqnr and
+    mean_sqnr in dB of the quantized ones, rounded_floats (how many others are rounded to 16 bits), and what is wrong.
 
     An error as large as the weight itself (0 dB) is no rounding: then it is another weight, or in another order.
     """
     values = {**original.floats, **{alias: original.floats[name] for alias, name in original.ties.items()}}
     wrong: list[str] = []
     found: dict[str, float] = {}
+    rounded = 0
     for name, w in written.weights.items():
         if name not in values:
             wrong.append(f"{name} is in the file but not in the original")
@@ -107,12 +99,22 @@ def against_float(written: Frozen, original: Frozen) -> tuple[dict[str, Any], li
         have, want = w.dequantize(), values[name].float()
         found[name] = sqnr(have, want) if have.shape == want.shape else -math.inf
         if found[name] <= 0:
-            wrong.append(f"{name} is not the original's, rounded{effect(have, want)}")
+            turned = _turned(have, want)
+            wrong.append(f"{name} is not the original's, rounded{effect(have, want)}{turned and f': {turned}'}")
+    for name, have in written.floats.items():
+        if name not in values:
+            if have.any():  # AutoGPTQ writes biases of zeros
+                wrong.append(f"{name} is in the file but not in the original")
+        elif (differs := floats(have, values[name])) and differs.kind == "dtype":
+            rounded += 1
+        elif differs:
+            wrong.append(f"{name}: {differs.text}")
     held = {*written.weights, *written.floats, *original.ties}
     wrong += [f"{name} is missing from the file" for name in sorted(values.keys() - held)]
     worst = min(found, key=lambda name: found[name], default="no weight is quantized")
     mean = sum(found.values()) / len(found) if found else math.inf
-    return {"worst": worst, "worst_sqnr": found.get(worst, math.inf), "mean_sqnr": mean}, wrong
+    figures = {"worst": worst, "worst_sqnr": found.get(worst, math.inf), "mean_sqnr": mean, "rounded_floats": rounded}
+    return figures, wrong
 
 
 def effect(have: Tensor, want: Tensor) -> str:
@@ -130,6 +132,20 @@ def sqnr(have: Tensor, want: Tensor) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
+
+
+def _from_zero(w: FrozenWeight) -> Tensor:
+    return w.tensor.codes.int() - w.tensor.spec.type.qmin
+
+
+def _turned(have: Tensor, want: Tensor) -> str:
+    """That a matrix is much nearer to another one transposed than to it, in words; "" if it is not."""
+    if have.ndim != 2 or have.shape != want.shape[::-1]:
+        return ""
+    found, plain = sqnr(have, want.t()), sqnr(have, want) if have.shape == want.shape else -math.inf
+    if found < max(plain, 0.0) + 3:
+        return ""
+    return f"the matrix is transposed, and was quantized so: {found:.1f} dB SQNR to the transposed one"
 
 
 def _alike(w: FrozenWeight, other: FrozenWeight) -> FrozenWeight:
@@ -161,13 +177,15 @@ def _codes(have: FrozenWeight, want: FrozenWeight) -> Finding | None:
         return Finding("codes", "every code has the other sign")
     if a.shape[0] == a.shape[1] and torch.equal(a.t(), b):
         return Finding("transposition", "the matrix is transposed")
-    for said, order in NIBBLES.items():
-        if a.shape[1] % len(order) == 0 and torch.equal(a.reshape(len(a), -1, len(order))[..., order].flatten(1), b):
-            return Finding("nibble order", said)
+    bits, others = have.tensor.spec.type.bits, want.tensor.spec.type.bits
+    if bits == others and (said := code_order(_from_zero(have), _from_zero(want), bits)):
+        return Finding("nibble order", said)
     if (order := _row_order(a, b)) is not None:
         return Finding("row order", order)
     if _same_rows(a.t(), b.t()):
         return Finding("column order", "the columns are in another order (GPTQ's act-order sorts them so)")
+    if said := _turned(have.dequantize(), want.dequantize()):
+        return Finding("transposition", said)
     count, most = int((shift != 0).sum()), int(shift.abs().max())
     return Finding("codes", f"{count} of {b.numel()} codes differ, by {most} at most")
 

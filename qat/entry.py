@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from qat import overrides, recipes, run_folder
-from qat.errors import UserError, VerifyError, disk_errors, name_errors
+from qat.errors import UserError, VerifyError, disk_errors
 from qat.files import refuse_unwritable
 from qat.settings import check, suggestion
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     Anything else is a bug and leaves by its traceback (exit code 1).
     """
     try:
-        with name_errors():
+        with disk_errors():
             train(argv)
     except (UserError, VerifyError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -100,7 +100,7 @@ def of_its_job(error: UserError | VerifyError, quoted: list[str]) -> UserError |
     return type(error)(f"job {chosen.job.num} ({own}): {error}")
 
 
-@name_errors()
+@disk_errors()
 def launch(composed: DictConfig) -> None:
     """One composed job (several with --multirun)."""
     config: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
@@ -167,8 +167,7 @@ def execute(config: dict[str, Any]) -> None:
             where = str(error).rpartition("full_key: ")[2]
             raise UserError(f"{where}: {error.__cause__}") from None
         raise
-    with disk_errors():
-        run(**objects | {"run_dir": run_dir, "config": config})
+    run(**objects | {"run_dir": run_dir, "config": config})
 
 
 def explain(error: Exception) -> str:

@@ -1,12 +1,15 @@
 """The two failures a command reports without a traceback, and the exit code of each."""
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-FULL = "No space left on device"
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EEXIST)
+CLOSED = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# safetensors has an exception of its own, and numpy's tofile an OSError without a number
+FULL_IN_WORDS = re.compile(r"No space left on device|Disk quota exceeded|File too large|requested and \d+ written")
 
 
 class UserError(Exception):
@@ -28,19 +31,27 @@ def at_least(name: str, value: float, least: float) -> None:
 
 
 @contextmanager
-def name_errors() -> Iterator[None]:
-    """A path that no file system can have is a UserError."""
+def understood(what: object) -> Iterator[None]:
+    """Whatever goes wrong in here, while `what` is read, is the fault of its bytes: a VerifyError of one line.
+
+    Bytes that someone else wrote can make a reader raise anything, so that no list of exceptions would be whole.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+    except (UserError, VerifyError, ImportError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in WRITING:  # a temporary file of the reader
             raise
-        raise UserError(f"{str(error.filename)[:80]}… is no file or folder: its name is too long") from error
+        if isinstance(error, OSError) and error.strerror:
+            raise VerifyError(f"{error.filename or what} cannot be read: {error.strerror}") from error
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise VerifyError(f"{what} is damaged: it cannot be decoded ({said})") from error
 
 
 @contextmanager
 def disk_errors(path: Path | None = None) -> Iterator[None]:
-    """A full, read-only or forbidden disk is the user's to put right: a UserError that names the file.
+    """What a disk refuses is the user's to put right: a UserError that names the file and says what was tried.
 
     path: what is being written in here; a failing write, unlike a failing open, does not tell.
     """
@@ -49,10 +60,17 @@ def disk_errors(path: Path | None = None) -> Iterator[None]:
     except UserError:  # named already
         raise
     except Exception as error:
-        full = FULL in str(error)  # safetensors has an exception of its own for it
-        if not full and not (isinstance(error, OSError) and error.errno in DISK):
-            raise
+        number = error.errno if isinstance(error, OSError) else None
+        words = FULL_IN_WORDS.search(str(error))
         opened = getattr(error, "filename", None)  # of a copy that finds the disk full, it is the source
-        where = (path if full else None) or opened or path or "to the disk"
-        why = FULL if full else getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot write {where}: {why}; free some space there or write elsewhere") from error
+        if words or number in WRITING:
+            why = getattr(error, "strerror", None) or (words and words[0])
+            where = path or opened or "to the disk"
+            raise UserError(f"cannot write {where}: {why}; free some space there or write elsewhere") from error
+        if number not in CLOSED:
+            raise
+        where = str(opened or path)
+        where = where if len(where) < 300 else f"{where[:80]}…"
+        writing = path is not None and (opened is None or Path(opened).is_relative_to(path.parent))
+        what = "write" if writing else "open"
+        raise UserError(f"cannot {what} {where}: {getattr(error, 'strerror', None)}; give another path") from error

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -14,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qat.errors import UserError, VerifyError, disk_errors
+from qat.errors import UserError, VerifyError, disk_errors, understood
 
 MANIFEST = "manifest.json"
+OLD = ".old"
+FAILED = ".failed"
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
@@ -24,16 +27,20 @@ HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 def atomic_folder(path: Path, *, shared: bool = False) -> Generator[Path]:
     """Yield an empty temporary sibling of `path`; on success it replaces `path`, on any error it is removed.
 
-    shared: whoever writes `path` writes the same, so that what another process finished in the meantime stays.
+    A link is followed, and what was there is deleted: `refuse_foreign` says whether it may be. shared: whoever writes
+    `path` writes the same, so that what another process finished in the meantime stays.
     """
     with disk_errors(path):
-        yield from _folder(Path(path), shared)
+        yield from _folder(Path(path).resolve(), shared)
 
 
 def _folder(path: Path, shared: bool) -> Generator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in _stale(path):
-        shutil.rmtree(stale, ignore_errors=True)
+        if stale.suffix == OLD and not path.exists():
+            stale.rename(path)  # killed between its two renames: this is what was there
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
     temp = _sibling(path)
     temp.mkdir()
     try:
@@ -44,7 +51,7 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
         if shared:
             _rename_unless_there(temp, path)
         elif path.exists():
-            old = temp.with_suffix(".old")
+            old = temp.with_suffix(OLD)
             path.rename(old)
             temp.rename(path)
             shutil.rmtree(old)
@@ -92,8 +99,8 @@ def _sibling(path: Path) -> Path:
 
 def _stale(path: Path) -> list[Path]:
     """The temporary siblings of `path` whose process, on this host, was killed: others may be writing theirs."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.{HOST}\.(\d+)\.[0-9a-f]{{8}}\.partial", re.DOTALL)
-    found = ((ours.fullmatch(p.name), p) for p in path.parent.glob(".*.partial"))
+    ours = re.compile(rf"\.{re.escape(path.name)}\.{HOST}\.(\d+)\.[0-9a-f]{{8}}\.(?:partial|old)", re.DOTALL)
+    found = ((ours.fullmatch(p.name), p) for ending in ("partial", "old") for p in path.parent.glob(f".*.{ending}"))
     return [p for match, p in found if match and not _lives(int(match[1]))]
 
 
@@ -117,6 +124,33 @@ def refuse_unwritable(name: str, folder: Path) -> None:
         raise UserError(f"{name}={folder} cannot be written: {place}: {error.strerror}; give another") from error
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raise UserError if there is something at `path` that qat did not write, and that replacing it would delete."""
+    try:
+        path = path.resolve()
+    except RuntimeError as error:
+        raise UserError(f"{path} is a link that leads to itself; remove it or write elsewhere") from error
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"{path} is a file, and a folder would take its place; move it away or write elsewhere")
+    try:
+        listed: dict[str, Any] = json.loads((path / MANIFEST).read_text())["files"]
+        ours: set[str] = {MANIFEST, *listed}
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    foreign = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_symlink() or not f.is_dir())
+    foreign = [name for name in foreign if name not in ours]
+    if foreign:
+        raise UserError(f"{path} holds {foreign[0]}, which qat did not write there; move it away or write elsewhere")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename an export that failed verification so that nobody takes it for a good one; returns its new path."""
+    names = (path.with_name(f"{path.name}{FAILED}{n or ''}") for n in itertools.count())
+    return path.rename(next(p for p in names if not p.exists()))
+
+
 def _flush(file: Path) -> None:
     with file.open("rb") as f:
         os.fsync(f.fileno())
@@ -137,15 +171,14 @@ def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest, every file it lists checked. Raises VerifyError naming the first that is missing or differs."""
-    try:
+    with understood(folder / MANIFEST):
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (OSError, ValueError, KeyError) as e:
-        raise VerifyError(f"{folder / MANIFEST} is missing or unreadable ({e}); the folder cannot be trusted") from e
-    for name, entry in files.items():
+        digests = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
+        manifest |= {"kind": str(manifest["kind"]), "tensors": dict(manifest["tensors"])}
+    for name, said in digests.items():
         file = folder / name
         if not file.is_file():
             raise VerifyError(f"{file} is listed in the manifest but missing")
-        if sha256(file) != entry["sha256"]:
+        if sha256(file) != said:
             raise VerifyError(f"{file} is not the file in the manifest: its SHA-256 differs")
     return manifest

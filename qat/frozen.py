@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from qat.affine import QTensor, dequantize
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, understood
 from qat.files import atomic_folder, read_manifest, write_manifest
 from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
 from qat.streams import Later, info, raw, read, stored, write
@@ -118,11 +117,9 @@ class Frozen:
         if not (path / "frozen.json").is_file():
             raise UserError(f"{path} is not a frozen folder: it has no frozen.json; give RUN/frozen or RUN")
         manifest = read_manifest(path)
-        try:
+        with understood(path):
             frozen = open_frozen(path)
-        except (SafetensorError, OSError) as e:
-            raise VerifyError(f"{path / 'tensors.safetensors'} cannot be read: {e}") from e
-        found = frozen.digests()
+            found = frozen.digests()
         for name, value in found.items():
             if manifest["tensors"].get(name) != value:
                 raise VerifyError(f"{path}: tensor {name} is not the one in the manifest")

@@ -23,13 +23,14 @@ from qat.conversion import WeightQuantizer, calibrate, convert, freeze_observers
 from qat.data.stdlib import StdlibData
 from qat.errors import UserError, VerifyError, at_least
 from qat.exporters import refuse_caches, refuse_missing_runtimes, refuse_texts, refuse_tokenizers
-from qat.files import atomic_folder
+from qat.files import atomic_folder, refuse_foreign
 from qat.hub import Fallback
 from qat.layers import layer_stats
 from qat.models.load import EMBEDDED_CONTEXT, Loaded
 from qat.models.positions import refuse_longer
 from qat.modules.gelu import tanh_form
 from qat.observers.base import Observer
+from qat.promise import refuse_fallback
 from qat.quantizers.bias import round_biases
 from qat.rehearsal import rehearse
 from qat.report.audit import print_audit
@@ -80,6 +81,7 @@ def run(
     target: str | None,
     stand_ins: list[str] | None,
     config: dict[str, Any],
+    quant_method: str | None = None,
 ) -> Report:
     """All stages of one recipe; leaves the run folder of docs/design.md, or for a float run RUN/model instead of codes.
 
@@ -100,6 +102,8 @@ def run(
     rules = scheme["rules"]
     simulated: Any = {key: value for key, value in scheme.items() if key != "rules"}
     refuse_missing_runtimes(export)
+    for name in export if run_dir is not None else []:
+        refuse_foreign(Path(run_dir or "", "export", name))
     if export and not rules:
         raise UserError(f"export={'+'.join(export)} needs a quantization scheme, and this run has scheme=none")
 
@@ -116,6 +120,7 @@ def run(
             audited = audit(loaded.model, rules, targets=export, config=shipped)
             refuse_tokenizers(export, tokenizer_files(loaded.tokenizer), _config(loaded.model))
             refuse_caches(export, scheme.get("kv_cache"))
+            refuse_fallback(quant_method, audited, rules, {**shipped, **simulated})
             made: Any = {"weight": quantizer, "observer": observer, "calibration_batches": calibration_batches}
             rehearse(loaded.model, audited, rules, kv_cache=scheme.get("kv_cache"), **made)
             outcome.text = print_audit(audited, progress.console, exports=export)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from qat.errors import UserError
+from qat.errors import UserError, understood
 from qat.exporters import identify, read_any, target_module
 from qat.exporters.gguf import gguf_file
 from qat.exporters.hf_folder import read_config, read_tensors, tokenizer_files
+from qat.exporters.reading import refuse_unsound
 from qat.frozen import Frozen, FrozenWeight
 from qat.regrid import regrid
 from qat.rescue_gguf import config_of, tokenizer_of
@@ -43,11 +44,13 @@ def source(path: Path) -> Frozen:
         return frozen
     if target == "gguf":
         file = gguf_file(path)
-        config = {**config_of(file, frozen.config), "tie_word_embeddings": bool(frozen.ties)}
+        with understood(file):
+            config = {**config_of(file, frozen.config), "tie_word_embeddings": bool(frozen.ties)}
+            frozen = replace(frozen, tokenizer=tokenizer_of(file))
         for key, layer in (("attention_bias", "q_proj"), ("mlp_bias", "up_proj")):  # the metadata does not say
             if key in config and any(name.endswith(f"{layer}.bias") for name in frozen.floats):
                 config[key] = True
-        frozen = replace(frozen, config=config, tokenizer=tokenizer_of(file))
+        frozen = replace(frozen, config=config)
     else:
         frozen = replace(frozen, tokenizer=_kept(frozen.tokenizer))
     return _completed(frozen, path)
@@ -61,22 +64,30 @@ def float_original(path: Path) -> Frozen | None:
     config = read_config(path)
     if "quantization_config" in config or "quantization" in config:
         return None
-    return _completed(Frozen({}, read_tensors(path)[0], config=config, tokenizer=_kept(tokenizer_files(path))), path)
+    frozen = Frozen({}, read_tensors(path)[0], config=config, tokenizer=_kept(tokenizer_files(path)))
+    refuse_unsound(frozen, path)
+    return _completed(frozen, path)
 
 
 def _kept(files: dict[str, bytes]) -> dict[str, bytes]:
     return {n: c for n, c in files.items() if n.startswith(TOKENIZER) or n == "generation_config.json"}
 
 
-def _skeleton(config: dict[str, Any], path: Path) -> Any:
-    """transformers' model of this config, without storage."""
+def _skeleton(config: dict[str, Any], path: Path, tensors: int) -> Any:
+    """transformers' model of this config, without storage. tensors: how many the checkpoint has."""
     import transformers
 
     try:
         loaded = transformers.AutoConfig.for_model(**config)
+        if (getattr(loaded, "num_hidden_layers", None) or 0) > tensors:
+            raise ValueError(f"{loaded.num_hidden_layers} layers, and {tensors} tensors in the checkpoint")
         cls: Any = getattr(transformers, (config.get("architectures") or [""])[0], None)
         with torch.device("meta"):
-            return cls(loaded) if cls else transformers.AutoModelForCausalLM.from_config(loaded)
+            return (
+                cls(loaded)
+                if hasattr(cls, "from_pretrained")
+                else transformers.AutoModelForCausalLM.from_config(loaded)
+            )
     except Exception as error:  # transformers and its validators have many kinds
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"transformers cannot build the model of {path} ({said})") from error
@@ -84,13 +95,13 @@ def _skeleton(config: dict[str, Any], path: Path) -> Any:
 
 def _completed(frozen: Frozen, path: Path) -> Frozen:
     """Ties and layer kinds from the model; biases of zeros that the model does not have (AutoGPTQ's) left out."""
-    model = _skeleton(frozen.config, path)
+    model = _skeleton(frozen.config, path, len(frozen.weights) + len(frozen.floats))
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
     shapes |= {name: tuple(b.shape) for name, b in model.named_buffers(remove_duplicate=False)}
     held = {*frozen.weights, *frozen.floats}
     ties = {alias: name for alias, name in tied.items() if alias not in held and name in held}
-    floats = {n: t for n, t in frozen.floats.items() if n in shapes or bool(t.any())}
+    floats = {n: t for n, t in frozen.floats.items() if n in shapes or not n.endswith(".bias") or bool(t.any())}
     kinds = {f"{n}.weight": type(m).__name__ for n, m in model.named_modules()}
     weights = {n: replace(w, kind=_kind(kinds.get(n, w.kind), w)) for n, w in frozen.weights.items()}
     own = set(model.state_dict())

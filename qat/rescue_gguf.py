@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter, ReaderField
 
-from qat.errors import UserError
+from qat.errors import UserError, understood
 from qat.exporters.gguf_models import DERIVED, FAMILIES, read_rope
 from qat.exporters.gguf_tokenizer import pre_tokenizer_steps
 
@@ -121,11 +121,14 @@ def _tokenizer_alone(file: Path, fields: dict[str, ReaderField]) -> None:
 
 def tokenizer_difference(file: Path, other: Path) -> str | None:
     """The first key of the tokenizer's metadata that differs between two GGUF files; None if none does."""
-    have, want = (
-        {k: f.contents() for k, f in GGUFReader(f).fields.items() if k.startswith("tokenizer.")} for f in (file, other)
-    )
+    have, want = _tokenizer_fields(file), _tokenizer_fields(other)
     key = next((k for k in sorted({*have, *want}) if have.get(k) != want.get(k)), None)
     return None if key is None else f"the tokenizer differs: {key} in {file} is not that of {other}"
+
+
+def _tokenizer_fields(file: Path) -> dict[str, Any]:
+    with understood(file):
+        return {k: f.contents() for k, f in GGUFReader(file).fields.items() if k.startswith("tokenizer.")}
 
 
 def vocabulary_difference(file: Path, files: dict[str, bytes]) -> str | None:
@@ -133,8 +136,8 @@ def vocabulary_difference(file: Path, files: dict[str, bytes]) -> str | None:
     if "tokenizer.json" not in files:
         return None
     spec = json.loads(files["tokenizer.json"])
-    fields = GGUFReader(file).fields
-    have, merged = ([] if f is None else f.contents() for f in map(fields.get, TOKENIZER_LISTS))
+    fields = _tokenizer_fields(file)
+    have, merged = (fields.get(name, []) for name in TOKENIZER_LISTS)
     used = spec["model"].get("vocab", {})
     if not isinstance(used, dict):  # Unigram's list
         return None

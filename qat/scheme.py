@@ -201,6 +201,9 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.static and (self.input is None or self.input.block != (-1, -1)):
             raise ValueError("static: true needs an input spec with block (-1, -1): one range for the whole tensor")
+        if self.static and self.input is not None and not self.input.divide.startswith("stored"):
+            allowed = "'stored' or 'stored_inverse'"
+            raise ValueError(f"a static input divides by its stored scale: {allowed}, not {self.input.divide!r}")
         by_row = self.weight is not None and self.weight.block == (1, -1) and self.weight.offset is None
         if self.input is not None and self.input.integer_dot and not by_row:
             raise ValueError("integer_dot needs weights with one scale a row, block (1, -1), and no offset")
@@ -227,11 +230,13 @@ class Rule:
 
 KvCache = Literal["float16", "float16_flash", "int8"]  # llama.cpp's; see qat.modules.attention
 KV_CACHES: tuple[str, ...] = get_args(KvCache)
+Gelu = Literal["float16_table"]  # llama.cpp's on a CPU; see qat.modules.gelu
+GELUS: tuple[str, ...] = get_args(Gelu)
 
 
 class Numerics(TypedDict):
     """`scheme=` of a recipe: which layers get which grid, and what else of the runtime training simulates."""
 
     rules: list[Rule]
-    gelu: NotRequired[Literal["float16_table"] | None]
+    gelu: NotRequired[Gelu | None]
     kv_cache: NotRequired[KvCache | None]

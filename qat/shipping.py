@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from qat.errors import UserError, VerifyError
 from qat.exporters import export
+from qat.files import set_aside
 from qat.frozen import Frozen
 from qat.report.card import card
 from qat.report.schema import Export, Fallback, Stages
 from qat.runtimes import environment
 from qat.stages import Stages as Progress
+from qat.verdict import NOT_RUN
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
@@ -51,12 +55,18 @@ def ship(
                 with outcome.follow():
                     found = verify_apart(path, run_dir)
             except (UserError, VerifyError) as error:  # a missing runtime must not cost the report of a long training
-                wrong.append(type(error)(f"{target}: {error}"))
+                kept = f"; what was written is kept as {set_aside(path)}" if isinstance(error, VerifyError) else ""
+                wrong.append(type(error)(f"{target}: {error}{kept}"))
                 outcome.text = f"[red]NOT VERIFIED[/] {error}"
                 continue
+            if found["differences"]:
+                path = set_aside(path)
             exports[target] = found["figures"]
             exports[target]["path"] = str(path.relative_to(run_dir))
-            wrong += [VerifyError(f"{target}: {d}") for d in found["differences"]]
+            if found["unchecked"]:
+                exports[target]["unchecked"] = found["unchecked"]
+            wrong += [VerifyError(f"{target}: {d}; what was written is kept as {path}") for d in found["differences"]]
+            wrong += [UserError(f"{target}: {u}") for u in found["unchecked"] if u.startswith(NOT_RUN)]
             outcome.text = _outcome(found)
     return exports, wrong
 
@@ -80,9 +90,10 @@ def verify_apart(path: Path, run_dir: Path) -> dict[str, Any]:
 def _outcome(found: dict[str, Any]) -> str:
     f = found["figures"]
     if found["differences"]:
-        return f"[red]WRONG[/] {found['differences'][0]}"
+        return f"[red]WRONG[/] {escape(found['differences'][0])}"
     parts = ["codes and weights equal" if "codes_equal" in f else "compiled: its codes cannot be read back"]
     if "runtime" in f:
         quality = f"perplexity {f['perplexity']:.4f}" if "perplexity" in f else f"accuracy {f['accuracy']:.4f}"
         parts.append(f"{f['runtime']}: {quality}")
-    return ", ".join(parts)
+    notes = [f"\n             [yellow]but[/] {escape(u)}" for u in found["unchecked"]]
+    return ", ".join(parts) + "".join(notes)

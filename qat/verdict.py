@@ -5,6 +5,8 @@ from typing import Any
 
 from qat.errors import VerifyError
 
+NOT_RUN = "not run: "  # how a line of `unchecked` about a runtime that could not be started begins
+
 
 @dataclass
 class Verdict:
@@ -40,6 +42,7 @@ class Verdict:
         if "runtime" in f:
             quality = f"perplexity {f['perplexity']:.4f}" if "perplexity" in f else f"accuracy {f['accuracy']:.4f}"
             out.append(
-                f"  {f['runtime']}: loss {f['loss']:.6f}, {quality}, largest difference {f['max_logit_diff']:.2g}"
+                f"  {f['runtime']}: loss {f['loss']:.6f} ({f['loss_diff']:+.6f} from the trained model's), {quality}, "
+                f"largest difference {f['max_logit_diff']:.2g}"
             )
-        return out + [f"  not checked: {u}" for u in self.unchecked]
+        return out + [f"  {'' if u.startswith(NOT_RUN) else 'not checked: '}{u}" for u in self.unchecked]

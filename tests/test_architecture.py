@@ -60,7 +60,8 @@ ALLOWED = {
     "qat.quantizers.base": ("qat.affine", "qat.scheme"),
     "qat.kernels": ("qat.affine", "qat.rounding", "qat.scheme", "qat.quantizers.base"),
     "qat.modules": ("qat.kernels", "qat.quantizers.base", "qat.affine", "qat.scheme", "qat.errors"),
-    "qat.auditing": ("qat.modules", "qat.scheme", "qat.errors"),
+    "qat.nearest": ("qat.scheme",),
+    "qat.auditing": ("qat.modules", "qat.nearest", "qat.scheme", "qat.errors"),
 }
 
 

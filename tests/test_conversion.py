@@ -191,8 +191,14 @@ def test_weights_that_are_not_finite_are_named() -> None:
     model = gpt2()
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight[0, 0] = torch.nan
+    before = {n: type(m) for n, m in model.named_modules()}
     with pytest.raises(UserError, match=r"transformer\.h\.1\.mlp\.c_proj\.weight: .*NaN"):
-        prepare(model, GPT2_RULES)
+        prepare(model, GPT2_RULES, gelu="float16_table", kv_cache="float16")
+    with pytest.raises(UserError, match="decides nothing"):
+        prepare(model, [*GPT2_RULES, Rule(path="nothing")], gelu="float16_table", kv_cache="float16")
+    assert {n: type(m) for n, m in model.named_modules()} == before  # a refused model stays as it was
+    assert "qat" not in model.config._attn_implementation
+    assert not hasattr(model.config, "kv_cache")
     model = prepare(gpt2(), GPT2_RULES)
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight[3, 3] = 1e30

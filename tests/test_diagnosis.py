@@ -83,13 +83,10 @@ def test_scales_stored_as_bfloat16(files: tuple[Path, Path]) -> None:
 
 def test_a_transposed_conv1d(tmp_path: Path) -> None:
     _, frozen = prepared("gpt2", ALL)
-    name, w = next((n, w) for n, w in frozen.weights.items() if n.endswith("attn.c_proj.weight"))
-    q = w.tensor
-    turned = FrozenWeight(quantize(w.dequantize(), choose_qparams(w.dequantize(), q.spec), q.spec), w.kind, w.shape)
-    found = diagnosis.weights(replace(w, tensor=replace(q, codes=q.codes.t().contiguous())), w)
+    w = next(w for n, w in frozen.weights.items() if n.endswith("attn.c_proj.weight"))
+    found = diagnosis.weights(replace(w, tensor=replace(w.tensor, codes=w.tensor.codes.t().contiguous())), w)
     assert found is not None
     assert found.kind == "transposition"
-    assert diagnosis.weights(turned, w) is not None
     floats = torch.randn(8, 8)
     assert diagnosis.floats(floats.t(), floats).kind == "transposition"  # type: ignore[union-attr]
     frozen.save(tmp_path / "frozen")
@@ -99,7 +96,6 @@ def test_a_transposed_conv1d(tmp_path: Path) -> None:
     stored["transformer.wpe.weight"] = stored["transformer.wpe.weight"].t().contiguous()
     save_file(stored, path / "model.safetensors")
     assert "wpe.weight: the matrix is transposed" in differences(path, tmp_path / "frozen")[0]
-    assert name
 
 
 def weight(spec: QuantSpec, rows: int = 32, cols: int = 64) -> FrozenWeight:

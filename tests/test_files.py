@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qat.errors import UserError
-from qat.files import HOST, atomic_file, atomic_folder, atomic_write, refuse_unwritable
+from qat.files import HOST, atomic_file, atomic_folder, atomic_write, refuse_foreign, refuse_unwritable, write_manifest
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -87,3 +87,49 @@ def test_a_place_that_cannot_be_written_is_refused_and_one_that_can_stays_as_it_
     refuse_unwritable("--out", tmp_path / "a" / "b")
     refuse_unwritable("--out", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_was_being_replaced_by_a_killed_process_comes_back(tmp_path: Path) -> None:
+    """Killed between its two renames: the old folder has a hidden name. Killed after them: it is rubbish."""
+    old = tmp_path / f".gguf.{HOST}.{2**22 + 1}.0123abcd.old"  # no process here has such a number
+    old.mkdir()
+    (old / "model").touch()
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "gguf"):
+        _ = 1 // 0
+    assert (tmp_path / "gguf" / "model").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["gguf"]
+    old.mkdir()
+    with atomic_folder(tmp_path / "gguf") as new:
+        (new / "other").touch()
+    assert [p.name for p in tmp_path.iterdir()] == ["gguf"]
+    assert [p.name for p in (tmp_path / "gguf").iterdir()] == ["other"]
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "part").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "part").is_file()
+
+
+def test_only_what_qat_wrote_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "hf"
+    refuse_foreign(path)
+    path.mkdir()
+    refuse_foreign(path)
+    (path / "config.json").touch()
+    with pytest.raises(UserError, match=r"hf holds config\.json, which qat did not write"):
+        refuse_foreign(path)
+    write_manifest(path, {})
+    refuse_foreign(path)
+    (path / "folder").mkdir()
+    (path / "folder" / "precious.txt").touch()
+    with pytest.raises(UserError, match=r"hf holds folder/precious\.txt"):
+        refuse_foreign(path)
+    with pytest.raises(UserError, match=r"config\.json is a file"):
+        refuse_foreign(path / "config.json")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="loop is a link that leads to itself"):
+        refuse_foreign(tmp_path / "loop")

@@ -44,6 +44,8 @@ def test_every_export_is_equal_and_runs_as_trained(quickstart: Path, target: str
     entry_ = report_of(quickstart)["exports"][target]
     assert entry_["codes_equal"] is True
     assert entry_["weights_equal"] is True
+    told = "to 8 bits, and training left it in floating point" if target == "gguf" else "`import qat` first"
+    assert any(told in line for line in entry_["unchecked"])
     trained = report_of(quickstart)["stages"]["qat"]["perplexity"]
     # llama.cpp rounds activations to 8 bits, torch does not: three short windows leave more than the 0.1% of many
     assert entry_["perplexity"] == pytest.approx(trained, rel=1e-2 if target == "gguf" else 1e-5)

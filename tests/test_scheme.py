@@ -90,5 +90,8 @@ def test_static_inputs_need_one_range() -> None:
         Scheme(static=True)
     with pytest.raises(ValueError, match="static"):
         Scheme(input=QuantSpec(qtype="int8", block=(1, -1)), static=True)
+    for divide in ("reciprocal", "reciprocal_scale", "exact", "exact_inverse"):  # what they divide by is not kept
+        with pytest.raises(ValueError, match=f"a static input divides by its stored scale.*'{divide}'"):
+            Scheme(input=QuantSpec(qtype="int8", block=(-1, -1), divide=divide), static=True)
     with pytest.raises(ValueError, match="share"):
         Rule(share="inputs")

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         refuse_unwritable("--json", args.json.absolute().parent)
     with bar(f"verify {args.path}", Console(stderr=True)) as shown, shown.follow():
         if (args.path / "frozen").is_dir():
-            verdicts = verify_run(args.path)
+            verdicts = verify_run(args.path, against=args.against, runtime=not args.no_runtime)
         else:
             verdicts = {args.path.name: verify(args.path, against=args.against, runtime=not args.no_runtime)}
     for name, verdict in verdicts.items():

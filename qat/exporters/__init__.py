@@ -3,9 +3,10 @@
 `export` here wraps them all: a temporary folder, the files, a model card, a manifest, then one rename. To add a target:
 one file with those four names, and a YAML in configs/target. `missing_runtime`, `refuse_tokenizer`, `refuse_text`,
 `refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `refuse_values` (the very scales of
-one), `KV_CACHES` (that its runtime can be told to keep), `runtime` (another than RUNTIME for some of its files),
-`stored_dtype` (of unquantized parameters), `as_held` (a Frozen as the file can say it), `caveats` and `UNREADABLE` (why
-its file cannot be read back) are for targets that have something to say there.
+one), `KV_CACHES` and `GELUS` (of training's, what its runtime computes), `stored_dtype` (of unquantized parameters),
+`runtime` (another than RUNTIME for some of its files), `as_held` (a Frozen as the file can say it), `header`
+(config.json or metadata, for `verify`), `caveats`, and `UNREADABLE` (why its file cannot be read back) are for targets
+that have something to say there.
 """
 
 from importlib import import_module
@@ -14,14 +15,15 @@ from types import ModuleType
 from typing import Any
 
 from qat.errors import UserError
-from qat.files import MANIFEST, atomic_folder, read_manifest, write_manifest
+from qat.exporters.reading import read
+from qat.files import MANIFEST, atomic_folder, read_manifest, refuse_foreign, write_manifest
 from qat.frozen import Frozen
 
 
 def targets() -> list[str]:
     """The names that `export` takes: the files of this folder that write a target."""
     found = (p for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
-    return sorted(p.stem for p in found if "\ndef refuse(" in p.read_text(encoding="utf-8"))
+    return sorted(p.stem for p in found if "\nRUNTIME = " in p.read_text(encoding="utf-8"))
 
 
 def target_module(target: str) -> ModuleType:
@@ -68,10 +70,22 @@ def refuse_caches(names: list[str], kv_cache: str | None) -> None:
             raise UserError(f"export to {name}: kv_cache={kv_cache} is llama.cpp's; leave it out, or export to gguf")
 
 
+def caveats(frozen: Frozen, target: str) -> list[str]:
+    """What the runtime of a target computes otherwise than training did, a sentence each."""
+    module = target_module(target)
+    out: list[str] = list(getattr(module, "caveats", lambda _: [])(frozen))
+    for key, known, what in (("gelu", "GELUS", "llama.cpp's GELU table"), ("kv_cache", "KV_CACHES", "a KV cache")):
+        value = frozen.config.get(key)
+        if value and value not in getattr(module, known, ()):
+            out.append(f"the model was trained with {what} ({key}={value}), which this target does not compute")
+    return out
+
+
 def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:
     """Write `frozen` for `target` as the folder `path`, whole or not at all; returns `path`.
 
-    card: the text of README.md, the model card. Raises UserError for a grid that the target cannot hold.
+    card: the text of README.md, the model card. Raises UserError for a grid that the target cannot hold,
+    and where `path` holds what qat did not write.
     """
     module = target_module(target)
     for name, w in frozen.weights.items():
@@ -79,6 +93,7 @@ def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:
         if why:
             raise UserError(f"export to {target}: {name} (shape {w.shape}): {why}")
     path = Path(path)
+    refuse_foreign(path)
     digests = as_held(module, frozen).digests()
     with atomic_folder(path) as folder:
         module.export(frozen, folder)
@@ -112,8 +127,8 @@ def identify(path: Path) -> tuple[str, dict[str, Any] | None]:
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is no file or folder" if path.exists() else f"{path} does not exist")
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         return str(manifest.get("target", manifest["kind"])), manifest
@@ -134,13 +149,17 @@ def read_any(path: Path) -> Frozen:
     if (path / "frozen.json").is_file():
         return Frozen.load(path)
     target, _ = identify(path)
-    return target_module(target).read(path)
+    return read(target_module(target), path)
 
 
 def _method(folder: Path) -> str:
     """The target that a Hugging Face folder's quantization names; "" without one."""
     try:
         config = import_module("qat.exporters.hf_folder").read_config(folder)
-        return "mlx" if "quantization" in config else (config.get("quantization_config") or {}).get("quant_method", "")
+        found = config.get("quantization_config") or {}
+        if "quantization" in config:
+            return "mlx"
+        old = found.get("checkpoint_format", found.get("format", "gptq")) == "gptq"
+        return "gptq_v1" if found.get("quant_method") == "gptq" and old else found.get("quant_method", "")
     except (UserError, AttributeError, TypeError):
         return ""

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import VerifyError
+from qat.errors import UserError, understood
 from qat.exporters import gptq_layout
 from qat.exporters.gptq_layout import (
+    bits_of,
     caveats,
     check,
     collect,
@@ -37,7 +38,17 @@ METHOD = "awq"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds column ORDER[i]
 INVERSE = [ORDER.index(i) for i in range(8)]
 
-__all__ = ["RUNTIME", "caveats", "export", "missing_runtime", "read", "refuse", "refuse_scheme", "refuse_together"]
+__all__ = [
+    "RUNTIME",
+    "caveats",
+    "export",
+    "header",
+    "missing_runtime",
+    "read",
+    "refuse",
+    "refuse_scheme",
+    "refuse_together",
+]
 
 
 def missing_runtime() -> str | None:
@@ -47,13 +58,16 @@ def missing_runtime() -> str | None:
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
     """Why AWQ cannot hold this parameter, and what to do; None if it can."""
-    if spec is not None and spec.type.bits != 4:
-        return f"AWQ has 4 bits, not {spec.type.bits}: use int4, or target gptq"
-    return gptq_layout.refuse(kind, shape, spec, config, METHOD)
+    return gptq_layout.refuse(kind, shape, spec, config, METHOD, (4,))
 
 
 def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for weights on different grids or quantized inputs."""
+    write(path, header(frozen), frozen, partial(tensors, words))
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json. Raises UserError as `export` does."""
     spec = check(frozen)
     left = [n for n, t in frozen.floats.items() if t.ndim == 2 and n.endswith(".weight")] + list(frozen.ties)
     quantization = {
@@ -64,7 +78,7 @@ def export(frozen: Frozen, path: Path) -> None:
         "zero_point": True,
         "modules_to_not_convert": sorted(n.removesuffix(".weight") for n in left),
     }
-    write(path, config_of(frozen, quantization), frozen, partial(tensors, words))
+    return config_of(frozen, quantization)
 
 
 def words(w: FrozenWeight) -> dict[str, Tensor]:
@@ -88,17 +102,17 @@ def _unpack(x: Tensor) -> Tensor:
 
 
 def read(path: Path) -> Frozen:
-    """The folder back, of any writer of version "gemm". Raises UserError if it is not AWQ, VerifyError if damaged."""
+    """The folder back, of any writer of version "gemm". Raises UserError if it is not AWQ or of another version, and
+    anything (see reading.py) if it is damaged."""
     path = Path(path)
     config, found, about, tensors = open_folder(path, METHOD)
+    version = found.get("version", found.get("format", "gemm"))
+    if str(version).lower() != "gemm" or bits_of(found) != 4:
+        raise UserError(f"{path}: version {version!r} with {found['bits']} bits is not known; gemm with 4 can be read")
     weights: dict[str, FrozenWeight] = {}
-    try:
-        if str(found.get("version", found.get("format", "gemm"))).lower() != "gemm" or int(found["bits"]) != 4:
-            raise ValueError(f"version {found.get('version')!r} with {found['bits']} bits; gemm with 4 can be read")
-        for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+    for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+        with understood(f"{path}: {module}.weight"):
             codes, zero = (_unpack(tensors.pop(f"{module}.{k}")).t().contiguous() for k in ("qweight", "qzeros"))
             scale = tensors.pop(f"{module}.scales").t().contiguous()
             weights[f"{module}.weight"] = restored(f"{module}.weight", codes, zero, scale, found, about)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
     return collect(path, config, about, weights, tensors)

@@ -27,6 +27,9 @@ def why_not(frozen: Frozen, dtype: torch.dtype) -> str | None:
     """Why vLLM could not compute this exactly from a folder of `dtype` floats; None if it can."""
     if not frozen.weights:
         return "no weight is quantized"
+    for key in ("gelu", "kv_cache"):
+        if value := frozen.config.get(key):
+            return f"it was trained with {key}={value}"
     for name, w in frozen.weights.items():
         given = frozen.inputs.get(name.removesuffix(".weight"))
         reason = _weight(w, name in frozen.ties.values(), dtype) or (given and _input(given, w.tensor.spec, dtype))
@@ -65,7 +68,8 @@ def _input(given: FrozenInput, weight: QuantSpec, dtype: torch.dtype) -> str | N
             return "has a static input, which goes with int8 weights and one scale a channel"
         if replace(given.spec, scale="portable") != TENSOR:
             return f"has an input on grid {given.spec.label()}; {TENSOR.label()} is what fits"
-        assert given.scale is not None
+        if given.scale is None:
+            return "has a static input without a scale"
         return None if _holds(given.scale, dtype) else f"has an input scale that {dtype} cannot hold"
     if weight.type.bits not in (4, 8) or (weight.type.bits == 8 and not channel):
         return "has a dynamic input, which goes with int4 weights or int8 ones with one scale a channel"
@@ -123,7 +127,7 @@ def tensors(name: str, w: FrozenWeight, given: FrozenInput | None, dtype: torch.
 def describe(frozen: Frozen) -> dict[str, Any]:
     """`quantization_config`: one group if all layers share a grid, else a group for each with its layers by name."""
     by_grid: dict[tuple[int, int, bool, str], list[str]] = {}
-    for name in frozen.weights:
+    for name in sorted(frozen.weights):
         by_grid.setdefault(_grid(frozen, name), []).append(name.removesuffix(".weight"))
     formats = {"int-quantized" if taken else "pack-quantized" for *_, taken in by_grid}
     left = [n for n, t in frozen.floats.items() if t.ndim == 2] + list(frozen.ties)

@@ -46,6 +46,8 @@ def refuse_text(tokens: int, config: dict[str, Any]) -> str | None:
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
     """Why XNNPACK cannot hold this parameter, and what to do; None if it can."""
+    if spec is not None and kind != "Linear":
+        return f"XNNPACK's 8da4w is for Linear layers, not {kind}; leave it out of the rules"
     if reason := torchao.refuse(name, kind, shape, spec, config):
         return reason
     if config and config["model_type"] not in MODELS:

@@ -6,21 +6,23 @@ Codes and stored scales are packed as they are; norms, biases, positions and unq
 import math
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from shutil import which
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType
-from gguf.constants import GGML_QUANT_VERSION, MODEL_ARCH_NAMES
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import quant_shape_to_byte_shape
 from torch import Tensor
 
 from qat.affine import QTensor
 from qat.errors import UserError, VerifyError
-from qat.exporters.gguf_blocks import BY_GGML, BlockType, block_type, refuse_grid
+from qat.exporters.gguf_blocks import BY_GGML, SCHEMES, BlockType, block_type, refuse_grid
 from qat.exporters.gguf_families.base import Family
+from qat.exporters.gguf_header import FILE, describe, embedding_rows, gguf_file, header, read_header
 from qat.exporters.gguf_models import (
     DERIVED,
     FAMILIES,
@@ -29,23 +31,29 @@ from qat.exporters.gguf_models import (
     read_config,
     refuse_model,
     refuse_text,
-    write_metadata,
 )
-from qat.exporters.gguf_tokenizer import PHI3, known_difference, refuse_tokenizer, swallows_spaces, write_tokenizer
+from qat.exporters.gguf_tokenizer import known_difference, refuse_tokenizer, write_tokenizer
+from qat.exporters.hf_layout import CONV1D
 from qat.frozen import Frozen, FrozenWeight
-from qat.scheme import KV_CACHES, QuantSpec, Scheme
+from qat.scheme import GELUS, KV_CACHES, QuantSpec, Scheme
 from qat.streams import Later
 
 RUNTIME = "llama_cpp"
 __all__ = [
     "FILE",
+    "GELUS",
     "KV_CACHES",
     "RUNTIME",
+    "SCHEMES",
     "as_held",
+    "caveats",
     "export",
+    "gguf_file",
+    "header",
     "known_difference",
     "missing_runtime",
     "read",
+    "read_header",
     "refuse",
     "refuse_scheme",
     "refuse_text",
@@ -53,13 +61,12 @@ __all__ = [
     "stored_dtype",
 ]
 
-FILE = "model.gguf"
 _FLOATS = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-_CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); GGUF wants (out, in)
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")  # keys of config.json
 
 
 def missing_runtime() -> str | None:
@@ -98,15 +105,23 @@ def refuse_scheme(scheme: Scheme, config: dict[str, Any]) -> str | None:
     return None
 
 
-def _name(config: dict[str, Any], tokenizer: dict[str, bytes]) -> str:
-    """`general.name`: the config's own `name` if there is one, else where the model came from.
-
-    llama.cpp reads it: in a model with phi-3 or phi3 in its name, special tokens swallow the spaces after them.
-    """
-    name = str(config.get("name") or config.get("_name_or_path") or config["model_type"])
-    if swallows_spaces(tokenizer):
-        return name if PHI3.search(name) else f"{name} (phi-3)"
-    return PHI3.sub("phi 3", name)
+def caveats(frozen: Frozen) -> list[str]:
+    """What llama.cpp rounds that training did not."""
+    out: list[str] = []
+    taken = {f"{module}.weight" for module in frozen.inputs}
+    used = [n for n, w in frozen.weights.items() if w.kind != "Embedding"]
+    used += [alias for alias, name in frozen.ties.items() if name in frozen.weights]
+    left = [n for n in used if n not in taken and frozen.ties.get(n) not in taken]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        out.append(
+            f"llama.cpp rounds the input of {left[0]}{more} to 8 bits, and training left it in floating point; "
+            "schemes llama_* train with that"
+        )
+    activation = [str(v) for key in ACTIVATIONS if (v := frozen.config.get(key))]
+    if any("gelu" in a for a in activation) and not frozen.config.get("gelu"):
+        out.append("llama.cpp reads GELU from a float16 table, training computed it; scheme.gelu=float16_table has it")
+    return out
 
 
 def _type(w: FrozenWeight) -> BlockType:
@@ -114,18 +129,6 @@ def _type(w: FrozenWeight) -> BlockType:
     found = block_type(w.tensor.spec)
     assert found is not None
     return found
-
-
-def _file_type(frozen: Frozen) -> LlamaFileType:
-    """By what most quantized weights are, as llama.cpp itself labels files."""
-    sizes: dict[str, int] = {}
-    for w in frozen.weights.values():
-        name = _type(w).ggml.name
-        sizes[name] = sizes.get(name, 0) + w.tensor.codes.numel()
-    if not sizes:
-        return LlamaFileType.ALL_F32
-    most = max(sizes, key=lambda name: sizes[name])
-    return LlamaFileType[f"MOSTLY_{most}_S" if most in ("Q4_K", "Q5_K") else f"MOSTLY_{most}"]
 
 
 def stored_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
@@ -152,7 +155,7 @@ def as_held(frozen: Frozen) -> Frozen:
 
 def _float_array(name: str, value: Tensor, family: Family) -> np.ndarray:
     value = _stored(name, value, family)
-    return (value.t() if name.endswith(_CONV1D) else value).contiguous().numpy()
+    return (value.t() if name.endswith(CONV1D) else value).contiguous().numpy()
 
 
 def export(frozen: Frozen, path: Path) -> None:
@@ -169,15 +172,9 @@ def export(frozen: Frozen, path: Path) -> None:
             raise UserError(f"the input of {module}: {reason}")
     family = FAMILIES[config["model_type"]]
     table = names(config["model_type"], family.n_layers(config))
-    rows = {n: value.shape[0] for n, value in frozen.floats.items() if value.ndim}
-    rows |= {n: w.tensor.codes.shape[0] for n, w in frozen.weights.items()}
-
     writer = GGUFWriter(path / FILE, MODEL_ARCH_NAMES[family.arch])
-    writer.add_name(_name(config, frozen.tokenizer))
-    writer.add_file_type(_file_type(frozen))
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    write_metadata(writer, config)
-    write_tokenizer(writer, frozen.tokenizer, config, rows[f"{family.embedding}.weight"])
+    describe(writer, frozen)
+    write_tokenizer(writer, frozen.tokenizer, config, embedding_rows(frozen))
 
     # all tensors are announced first, then packed and written one by one: no second copy of the model in memory
     extra = family.extra_tensors(config)
@@ -205,35 +202,24 @@ def _reordered(value: Tensor, order: Tensor | None) -> Tensor:
     return value if order is None else value[order]
 
 
-def gguf_file(path: Path) -> Path:
-    """`path` itself, or the .gguf file of that folder. Raises UserError if the folder has more than one."""
-    found = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-    if len(found) > 1 and path / FILE not in found:
-        raise UserError(f"{path} has {len(found)} .gguf files; name one file")
-    return found[0] if len(found) == 1 else path / FILE
-
-
 def read(path: Path) -> Frozen:
     """A GGUF file, of any writer (or a folder with one), -> codes, stored scales and floats under Hugging Face names.
 
-    The tokenizer is not turned back into a tokenizer.json; `config` holds what the metadata says. Raises VerifyError
-    if the file cannot be read, UserError for a model or a tensor type that is unknown here.
+    The tokenizer is not turned back into a tokenizer.json; `config` holds what the metadata says. Raises UserError for
+    a model or a tensor type that is unknown here, VerifyError for unknown or overlapping tensors, and anything (see
+    reading.py) if the file is damaged.
     """
     file = gguf_file(path)
-    try:
-        return _read(file)
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise VerifyError(f"{file} is not a GGUF file that this export wrote: {error!r}") from error
-
-
-def _read(file: Path) -> Frozen:
     reader = GGUFReader(file)
+    _refuse_overlap(file, reader)
     fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")}
     if fields.get("general.architecture") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise UserError(f"{file} is a {fields.get('general.architecture')}; models that can be read: {known}")
     config = read_config(fields)
     family = FAMILIES[config["model_type"]]
+    if not 0 < family.n_layers(config) <= len(reader.tensors):
+        raise VerifyError(f"{file} says that it has {family.n_layers(config)} layers, in {len(reader.tensors)} tensors")
     table = {to: name for name, to in names(config["model_type"], family.n_layers(config)).items()}
     weights: dict[str, FrozenWeight] = {}
     floats: dict[str, Tensor] = {}
@@ -250,7 +236,7 @@ def _read(file: Path) -> Frozen:
         elif tensor.tensor_type in _FLOATS:
             value = torch.from_numpy(np.array(tensor.data)).view(_FLOATS[tensor.tensor_type])
             value = _reordered(value, back)
-            value = value.t().contiguous() if name.endswith(_CONV1D) else value
+            value = value.t().contiguous() if name.endswith(CONV1D) else value
             floats[name] = family.restored(name, value)
         else:
             known = ", ".join([t.name for t in BY_GGML] + [t.name for t in _FLOATS])
@@ -260,10 +246,18 @@ def _read(file: Path) -> Frozen:
     return Frozen(weights, floats, ties=ties, config=config)
 
 
+def _refuse_overlap(file: Path, reader: GGUFReader) -> None:
+    """Raises VerifyError for two tensors that share bytes, as no writer makes them."""
+    tensors = sorted(reader.tensors, key=lambda t: int(t.data_offset))
+    for a, b in pairwise(tensors):
+        if int(a.data_offset) + int(a.n_bytes) > int(b.data_offset):
+            raise VerifyError(f"{file}: the tensors {a.name} and {b.name} overlap")
+
+
 def _read_weight(name: str, data: np.ndarray, block: BlockType, back: Tensor | None, family: Family) -> FrozenWeight:
     codes, scale, offset = block.unpack(data if back is None else data[back.numpy()])
     tensor = QTensor(codes, scale, offset, block.spec)
-    if name.endswith(_CONV1D):
+    if name.endswith(CONV1D):
         return FrozenWeight(tensor, "Conv1D", (codes.shape[1], codes.shape[0]))
     kind = "Embedding" if name == f"{family.embedding}.weight" else "Linear"
     return FrozenWeight(tensor, kind, tuple(codes.shape))

@@ -84,6 +84,7 @@ def pack_q4_0(q: QTensor) -> np.ndarray:
 
 
 def unpack_q4_0(data: np.ndarray) -> Parts:
+    """The inverse of `pack_q4_0`: rows of bytes uint8 [N, bytes]."""
     b = _blocks(data, 18)
     return _codes(_from_nibbles(b[..., 2:]).astype(np.int8) - np.int8(8), np.int8), _floats(b[..., :2]), None
 
@@ -95,6 +96,7 @@ def pack_q4_1(q: QTensor) -> np.ndarray:
 
 
 def unpack_q4_1(data: np.ndarray) -> Parts:
+    """The inverse of `pack_q4_1`: rows of bytes uint8 [N, bytes]."""
     b = _blocks(data, 20)
     return _codes(_from_nibbles(b[..., 4:]), np.uint8), _floats(b[..., :2]), _floats(b[..., 2:4])
 
@@ -106,6 +108,7 @@ def pack_q5_0(q: QTensor) -> np.ndarray:
 
 
 def unpack_q5_0(data: np.ndarray) -> Parts:
+    """The inverse of `pack_q5_0`: rows of bytes uint8 [N, bytes]."""
     b = _blocks(data, 22)
     high = np.unpackbits(b[..., 2:6], axis=-1, bitorder="little")
     codes = (_from_nibbles(b[..., 6:]) | (high << 4)).astype(np.int8) - np.int8(16)
@@ -121,6 +124,7 @@ def pack_q5_1(q: QTensor) -> np.ndarray:
 
 
 def unpack_q5_1(data: np.ndarray) -> Parts:
+    """The inverse of `pack_q5_1`: rows of bytes uint8 [N, bytes]."""
     b = _blocks(data, 24)
     high = np.unpackbits(b[..., 4:8], axis=-1, bitorder="little")
     return _codes(_from_nibbles(b[..., 8:]) | (high << 4), np.uint8), _floats(b[..., :2]), _floats(b[..., 2:4])
@@ -132,6 +136,7 @@ def pack_q8_0(q: QTensor) -> np.ndarray:
 
 
 def unpack_q8_0(data: np.ndarray) -> Parts:
+    """The inverse of `pack_q8_0`: rows of bytes uint8 [N, bytes]."""
     b = _blocks(data, 34)
     return _codes(b[..., 2:].view(np.int8), np.int8), _floats(b[..., :2]), None
 
@@ -144,6 +149,7 @@ def pack_tq2_0(q: QTensor) -> np.ndarray:
 
 
 def unpack_tq2_0(data: np.ndarray) -> Parts:
+    """The inverse of `pack_tq2_0`: rows of bytes uint8 [N, bytes]."""
     b = _blocks(data, 66)
     runs = b[..., :64].reshape(*b.shape[:2], 2, 1, 32)
     codes = (runs >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
@@ -179,6 +185,8 @@ TYPES = (
     BlockType(_T.TQ2_0, _symmetric("ternary", 256), _Q8_K, pack_tq2_0, unpack_tq2_0),
 )
 BY_GGML = {t.ggml: t for t in TYPES}
+_NAMED = (_T.Q4_0, _T.Q4_1, _T.Q5_0, _T.Q8_0, _T.Q4_K, _T.Q6_K, _T.TQ2_0)
+SCHEMES = {f"llama_{t.name.lower()}": BY_GGML[t].spec for t in _NAMED}  # of configs/scheme, and their linears' grid
 
 
 def block_type(spec: QuantSpec) -> BlockType | None:

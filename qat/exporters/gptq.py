@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, understood
 from qat.exporters import gptq_layout
 from qat.exporters.gptq_layout import (
+    bits_of,
     caveats,
     check,
     collect,
@@ -35,9 +36,22 @@ from qat.scheme import QuantSpec
 RUNTIME = "transformers_folder"
 METHOD = "gptq"
 BITS = (2, 4, 8)
+VERSIONS = ("gptq", "gptq_v2")
+# where transformers' loader looks for layers (optimum.gptq.constants.BLOCK_PATTERNS)
+BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
-__all__ = ["RUNTIME", "caveats", "export", "missing_runtime", "read", "refuse", "refuse_scheme", "refuse_together"]
+__all__ = [
+    "RUNTIME",
+    "caveats",
+    "export",
+    "header",
+    "missing_runtime",
+    "read",
+    "refuse",
+    "refuse_scheme",
+    "refuse_together",
+]
 
 
 def missing_runtime() -> str | None:
@@ -47,9 +61,11 @@ def missing_runtime() -> str | None:
 
 def refuse(name: str, kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any]) -> str | None:
     """Why GPTQ cannot hold this parameter, and what to do; None if it can."""
-    if spec is not None and spec.type.bits not in BITS:
-        return f"{spec.type.bits} bits do not fill words; int{min(BITS, key=lambda b: abs(b - spec.type.bits))} does"
-    return gptq_layout.refuse(kind, shape, spec, config, METHOD)
+    if why := gptq_layout.refuse(kind, shape, spec, config, METHOD, BITS):
+        return why
+    if spec is not None and config and not name.startswith(BLOCKS):
+        return f"transformers looks for GPTQ layers in {', '.join(BLOCKS)} alone; leave it out of the rules"
+    return None
 
 
 def export(frozen: Frozen, path: Path) -> None:
@@ -59,11 +75,16 @@ def export(frozen: Frozen, path: Path) -> None:
 
 def write_version(frozen: Frozen, path: Path, version: int) -> None:
     """`export` in checkpoint format 1 or 2."""
+    write(path, header(frozen, version), frozen, partial(tensors, lambda w: words(w, version)))
+
+
+def header(frozen: Frozen, version: int = 2) -> dict[str, Any]:
+    """config.json. Raises UserError for weights on different grids or quantized inputs."""
     spec = check(frozen)
     quantized = sorted({n.removesuffix(".weight").split(".", 3)[-1] for n in frozen.weights})
     quantization = {
         "quant_method": METHOD,
-        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+        "checkpoint_format": VERSIONS[version - 1],
         "bits": spec.type.bits,
         "group_size": spec.block[1],
         "sym": spec.offset is None,
@@ -71,7 +92,7 @@ def write_version(frozen: Frozen, path: Path, version: int) -> None:
         "pack_dtype": "int32",
         "modules_in_block_to_quantize": [quantized],
     }
-    write(path, config_of(frozen, quantization), frozen, partial(tensors, lambda w: words(w, version)))
+    return config_of(frozen, quantization)
 
 
 def words(w: FrozenWeight, version: int) -> dict[str, Tensor]:
@@ -88,26 +109,28 @@ def words(w: FrozenWeight, version: int) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> Frozen:
-    """The folder back, of any writer, version 1 or 2. Raises UserError if it is not GPTQ, VerifyError if damaged."""
+    """The folder back, of any writer, version 1 or 2. Raises UserError if it is not GPTQ or of another version, and
+    anything (see reading.py) if it is damaged."""
     path = Path(path)
     config, found, about, tensors = open_folder(path, METHOD)
-    version_1 = found.get("checkpoint_format", found.get("format", "gptq")) == "gptq"
+    version = found.get("checkpoint_format", found.get("format", "gptq"))
+    if version not in VERSIONS:
+        raise UserError(f"{path}: checkpoint_format {version!r} is not known; {' and '.join(VERSIONS)} can be read")
     weights: dict[str, FrozenWeight] = {}
-    try:
-        for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+    for module in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+        with understood(f"{path}: {module}.weight"):
             parts = [tensors.pop(f"{module}.{k}") for k in PARTS[:3]]
             order = tensors.pop(f"{module}.g_idx", None)  # some writers leave it out where it is the usual one
             if order is not None:
-                _refuse_order(path, module, order, parts[2].shape[0], bool(found.get("desc_act")))
-            weights[f"{module}.weight"] = _weight(f"{module}.weight", parts, found, about, version_1)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
+                _refuse_order(path, module, order, parts, bits_of(found), bool(found.get("desc_act")))
+            weights[f"{module}.weight"] = _weight(f"{module}.weight", parts, found, about, version == VERSIONS[0])
     return collect(path, config, about, weights, tensors)
 
 
-def _refuse_order(path: Path, module: str, order: Tensor, groups: int, said: bool) -> None:
+def _refuse_order(path: Path, module: str, order: Tensor, parts: list[Tensor], bits: int, said: bool) -> None:
     """Raises UserError if the columns of a group do not lie together, as the file said; VerifyError if it did not."""
-    if torch.equal(order.long(), torch.arange(len(order)) // (len(order) // groups)):
+    columns, groups = parts[0].shape[0] * 32 // bits, parts[2].shape[0]
+    if torch.equal(order.long(), torch.arange(columns) // (columns // groups)):
         return
     if not said:
         raise VerifyError(f"{path}: {module}.weight has its columns in another order (g_idx), but desc_act is false")
@@ -121,7 +144,7 @@ def _weight(
     name: str, parts: list[Tensor], found: dict[str, Any], about: dict[str, Any], version_1: bool
 ) -> FrozenWeight:
     qweight, qzeros, scales = parts
-    bits = int(found["bits"])
+    bits = bits_of(found)
     rows, columns = qweight.shape[1], qweight.shape[0] * 32 // bits
     codes = unpack(qweight.t().contiguous(), bits, columns).int()
     zero = unpack(qzeros, bits, rows).t().int()

@@ -25,16 +25,27 @@ GROUPS = (16, 32, 64, 128)
 
 
 def refuse(
-    kind: str, shape: tuple[int, ...], spec: QuantSpec | None, config: dict[str, Any], method: str
+    kind: str,
+    shape: tuple[int, ...],
+    spec: QuantSpec | None,
+    config: dict[str, Any],
+    method: str,
+    widths: tuple[int, ...],
 ) -> str | None:
-    """Why the format cannot hold this parameter, and what to do; None if it can."""
+    """Why the format cannot hold this parameter, and what to do; None if it can. widths: the bits it has."""
     if reason := refuse_model(config):
         return reason
+    made = config.get("architectures") or ["ForCausalLM"]
+    if not made[0].endswith(("ForCausalLM", "LMHeadModel")):
+        return f"{method} is read for causal language models, not {made[0]}; use another target, such as hf or onnx"
     if spec is None:
         return None
     bits = spec.type.bits
     if kind != "Linear":
         return f"{method} is for Linear layers, not {kind}; leave it out of the rules"
+    if bits not in widths:
+        nearest = min(widths, key=lambda b: abs(b - bits))
+        return f"{bits} bits do not fit {method}, which has {', '.join(map(str, widths))}; int{nearest} does"
     if spec.block[0] != 1 or spec.block[1] not in (*GROUPS, -1):
         return (
             f"block {spec.block} does not fit; (1, {_nearest(spec.block[1])}) is the nearest, or (1, -1), a whole row"
@@ -44,7 +55,10 @@ def refuse(
     if spec.scale not in ("portable", "float16"):
         return f"scales are stored in float16: use scale 'portable' (exact in bfloat16 too), not {spec.scale!r}"
     if any(n * bits % 32 for n in shape):
-        return f"int{bits} codes are packed into int32 words both ways, so {shape} must be multiples of {32 // bits}"
+        return (
+            f"int{bits} codes are packed into int32 words both ways, so {shape} must be multiples of {32 // bits}; "
+            "leave it out of the rules, or export=hf, which has no such limit"
+        )
     return None
 
 
@@ -121,20 +135,38 @@ def open_folder(path: Path, method: str) -> tuple[dict[str, Any], dict[str, Any]
     return config, found, config.pop("qat", None) or {}, read_tensors(path)[0]
 
 
+def bits_of(found: dict[str, Any]) -> int:
+    """Of a code. Raises ValueError for what is not from 2 to 8."""
+    bits = int(found["bits"])
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quantization_config.bits is {bits}")
+    return bits
+
+
 def restored(
     name: str, codes: Tensor, zero: Tensor, scale: Tensor, found: dict[str, Any], about: dict[str, Any]
 ) -> FrozenWeight:
     """One weight from unsigned codes (out, in), zero points and scales (out, in / g).
 
-    A file that says it is symmetric, with zero points that are not the middle code, is read as these say.
+    A file that says it is symmetric, with zero points that are not the middle code, is read as these say. Raises
+    ValueError if it says another group size than its scales have.
     """
-    bits, said = int(found["bits"]), said_of(name, about or None)
+    bits, said = bits_of(found), said_of(name, about or None)
+    groups = scale.shape[1]
+    size = codes.shape[1] // groups
+    written = found.get("group_size")  # -1: a whole row; some writers round it up to no more than that
+    written = size if written is None else codes.shape[1] if int(written) == -1 else min(int(written), codes.shape[1])
+    if written != size or zero.shape != scale.shape:
+        raise ValueError(
+            f"quantization_config.group_size is {found.get('group_size')}, with scales {tuple(scale.shape)} and zero "
+            f"points {tuple(zero.shape)} for codes {tuple(codes.shape)}"
+        )
     middle = bool((zero == 2 ** (bits - 1)).all())
     symmetric = middle and (said.offset is None if said else bool(found.get("sym", False)))
     said = None if said and (said.offset is None) != symmetric else said
     kind: dict[str, Any] = {} if symmetric else {"range": "minmax", "offset": "zero_point"}
     qtype = f"int{bits}"  # signed, which compressed-tensors and torchao hold as well
-    block = (1, -1) if int(found.get("group_size", -1)) == -1 else (1, codes.shape[1] // scale.shape[1])
+    block = (1, -1) if groups == 1 and found.get("group_size") in (None, -1) else (1, size)
     spec = QuantSpec(qtype=qtype, block=block, scale="float16", **kind)
     return frozen_weight(codes, scale, None if symmetric else zero, spec, said)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, understood
 from qat.exporters import compressed_tensors
 from qat.exporters.compressed_tensors_read import our_name, ours, translate
 from qat.exporters.hf_folder import (
@@ -22,17 +22,17 @@ from qat.exporters.hf_folder import (
     read_tensors,
     refuse_model,
     tokenizer_files,
-    understood,
     weight_files,
     write,
 )
 from qat.exporters.hf_layout import decode, describe, encode, encode_input, matrix
 from qat.frozen import Frozen, FrozenInput
 from qat.runtimes.environments import missing_environment
-from qat.scheme import QuantSpec
+from qat.scheme import GELUS, KV_CACHES, QuantSpec
 
 RUNTIME = "transformers_folder"
-WHOLE_CONFIG = True  # config.json keeps every key of the frozen model's
+# qat.packed computes the first two
+__all__ = ["GELUS", "KV_CACHES", "RUNTIME", "caveats", "export", "header", "read", "refuse", "runtime"]
 
 
 def runtime(path: Path) -> str:
@@ -61,10 +61,18 @@ def export(frozen: Frozen, path: Path) -> None:
     for name, w in frozen.weights.items():
         if reason := refuse(name, w.kind, w.shape, w.tensor.spec, frozen.config or {"": None}):
             raise UserError(f"{name}: {reason}")
-    plain = compressed_tensors.why_not(frozen, float_dtype(frozen)) is None
-    config = base_config(frozen)
-    config |= {"quantization_config": compressed_tensors.describe(frozen) if plain else describe(frozen)}
-    write(path, config, frozen, lambda f: packed_tensors(f, plain))
+    plain = _plain(frozen)
+    write(path, header(frozen), frozen, lambda f: packed_tensors(f, plain))
+
+
+def _plain(frozen: Frozen) -> bool:
+    return compressed_tensors.why_not(frozen, float_dtype(frozen)) is None
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json."""
+    described = compressed_tensors.describe(frozen) if _plain(frozen) else describe(frozen)
+    return base_config(frozen) | {"quantization_config": described}
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -126,21 +134,18 @@ def _shapes_and_scales(path: Path) -> tuple[dict[str, list[int]], dict[str, torc
 def read(path: Path) -> Frozen:
     """The folder back as codes, scales and floats, from either dialect, other writers' compressed-tensors included.
 
-    Raises UserError if it is not such a folder, VerifyError if it is damaged.
+    Raises UserError if it is not such a folder, and anything (see reading.py) if it is damaged.
     """
     path = Path(path)
     config, described = quantization(path)
     weights, inputs = {}, {}
-    with understood(path / "config.json"):
-        tensors = {n: ours(n, t, described) for key, t in read_tensors(path)[0].items() if (n := our_name(key))}
-        specs = [QuantSpec.from_dict(s) for s in described["specs"]]
-        for name, entry in described["weights"].items():
-            try:
-                weights[name] = decode(name, tensors, entry, specs[entry["spec"]])
-            except (KeyError, ValueError, RuntimeError) as e:
-                raise VerifyError(f"{path}: {name} cannot be decoded ({e})") from e
-        for module, entry in described["inputs"].items():
-            scale, offset = (tensors.pop(f"{module}.input_{part}", None) for part in ("scale", "offset"))
-            inputs[module] = FrozenInput(specs[entry["spec"]], entry["static"], scale, offset)
-        ties: dict[str, str] = dict(described["ties"])
+    tensors = {n: ours(n, t, described) for key, t in read_tensors(path)[0].items() if (n := our_name(key))}
+    specs = [QuantSpec.from_dict(s) for s in described["specs"]]
+    for name, entry in described["weights"].items():
+        with understood(f"{path}: {name}"):
+            weights[name] = decode(name, tensors, entry, specs[entry["spec"]])
+    for module, entry in described["inputs"].items():
+        scale, offset = (tensors.pop(f"{module}.input_{part}", None) for part in ("scale", "offset"))
+        inputs[module] = FrozenInput(specs[entry["spec"]], entry["static"], scale, offset)
+    ties: dict[str, str] = dict(described["ties"])
     return Frozen(weights, tensors, inputs, ties, config, tokenizer_files(path))

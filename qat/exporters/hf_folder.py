@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qat.affine import QTensor
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, understood
 from qat.exporters.hf_layout import describe, narrow
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec, check_block, stored_dtype
@@ -82,23 +82,15 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json, with AutoGPTQ's quantize_config.json in it if the quantization is there alone. Raises UserError if
     it is missing or not valid JSON."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, not an object")
         beside = path / "quantize_config.json"
         if beside.is_file() and "quantization_config" not in config:
             config["quantization_config"] = {"quant_method": "gptq", **json.loads(beside.read_text(encoding="utf-8"))}
         return config
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path / 'config.json'} is missing or not valid JSON ({e})") from e
-
-
-@contextmanager
-def understood(file: Path) -> Generator[None]:
-    """What goes wrong in here is the file's fault: VerifyError."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        said = f"{type(e).__name__}: {e}".split("\n")[0]
-        raise VerifyError(f"{file} is damaged: it does not describe the folder's tensors ({said})") from e
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -106,15 +98,16 @@ def weight_files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
         with understood(path / INDEX):
             names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [path / n for n in names]
     elif (path / WEIGHTS).is_file():
-        names = [WEIGHTS]
+        files = [path / WEIGHTS]
     elif len(found := sorted(path.glob("*.safetensors"))) == 1:  # AutoGPTQ's, such as gptq_model-4bit-128g
         return found
     else:
         raise UserError(f"{path} holds no {WEIGHTS} (or its shards and {INDEX})")
-    if lost := [n for n in names if not (path / n).is_file()]:
-        raise VerifyError(f"{path / lost[0]} is listed in the index but missing")
-    return [path / n for n in names]
+    if lost := [f for f in files if not f.is_file()]:
+        raise VerifyError(f"{lost[0]} is listed in the index but missing")
+    return files
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.packing import pack, unpack
 from qat.scheme import QuantSpec, check_block
 
+CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); others (out, in)
+
 
 def matrix(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
     """(out, in) of a float parameter of this layer kind and shape."""
@@ -31,7 +33,12 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype that it was stored wider than, if that changes no value; else x, for `verify` to name."""
+    """x in a dtype that it was stored wider than, if that changes no value; else x, for `verify` to name.
+
+    Raises ValueError for what is no floating point.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"scales or offsets are {x.dtype}")
     out = x.to(dtype)
     return out if torch.equal(out.float(), x.float()) else x
 
@@ -83,8 +90,8 @@ def encode_input(module: str, i: FrozenInput) -> dict[str, Tensor]:
 
 def describe(frozen: Frozen) -> dict[str, Any]:
     """`quantization_config` of a folder whose quant_method is "qat": every spec once; weights name theirs by number."""
-    used = [w.tensor.spec for w in frozen.weights.values()] + [i.spec for i in frozen.inputs.values()]
-    specs = list(dict.fromkeys(used))
+    used = [frozen.weights[n].tensor.spec for n in sorted(frozen.weights)]
+    specs = list(dict.fromkeys([*used, *(frozen.inputs[n].spec for n in sorted(frozen.inputs))]))
     return {
         "quant_method": "qat",
         "format": "pack-quantized",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, understood
 from qat.exporters.hf_folder import (
     base_config,
     described,
@@ -78,16 +78,23 @@ def export(frozen: Frozen, path: Path) -> None:
     """Write the folder. Raises UserError for quantized inputs, or scales that the model's dtype cannot hold."""
     for module, scheme in frozen.schemes().items():
         raise UserError(f"{module}: {refuse_scheme(scheme, frozen.config)}")
-    grids: dict[str, dict[str, int]] = {}
+    if not frozen.weights:
+        raise UserError("no weight is quantized, and MLX's affine folder is made of those")
     for name, w in frozen.weights.items():
         if why := refuse_values(name, w, frozen):
             raise UserError(why)
-        module = _theirs(name).removesuffix(".weight")
-        grids[module] = {"group_size": w.tensor.spec.block[1], "bits": w.tensor.spec.type.bits}
-    first = next(iter(grids.values()))
+    write(path, header(frozen), frozen, _tensors)
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json."""
+    grids: dict[str, dict[str, int]] = {}
+    for name in sorted(frozen.weights):
+        module, spec = _theirs(name).removesuffix(".weight"), frozen.weights[name].tensor.spec
+        grids[module] = {"group_size": spec.block[1], "bits": spec.type.bits}
+    first = next(iter(grids.values()), {})
     quantization = {**first, "mode": "affine", **{m: g for m, g in grids.items() if g != first}}
-    config = base_config(frozen) | described(frozen) | _old_keys(frozen.config) | {"quantization": quantization}
-    write(path, config, frozen, _tensors)
+    return base_config(frozen) | described(frozen) | _old_keys(frozen.config) | {"quantization": quantization}
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -147,7 +154,8 @@ def _ours(name: str, config: dict[str, Any]) -> str:
 
 
 def read(path: Path) -> Frozen:
-    """The folder back, other writers' included. Raises UserError if it is not MLX's affine, VerifyError if damaged."""
+    """The folder back, other writers' included. Raises UserError if it is not MLX's affine, and anything (see
+    reading.py) if it is damaged."""
     path = Path(path)
     config = read_config(path)
     config.pop("quantization_config", None)  # mlx-lm writes the same twice
@@ -157,14 +165,12 @@ def read(path: Path) -> Frozen:
     about = config.pop("qat", None)
     tensors = read_tensors(path)[0]
     weights: dict[str, FrozenWeight] = {}
-    try:
-        for module in [n.removesuffix(".scales") for n in tensors if n.endswith(".scales")]:
+    for module in [n.removesuffix(".scales") for n in tensors if n.endswith(".scales")]:
+        with understood(f"{path}: {module}.weight"):
             parts = [tensors.pop(f"{module}.{k}") for k in ("weight", "scales", "biases")]
             grid = found.get(module, found)
             name = _ours(f"{module}.weight", config)
             weights[name] = _weight(name, parts, int(grid["bits"]), int(grid["group_size"]), about)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
     floats = {_ours(n, config): t for n, t in tensors.items()}
     floats = {n: t.t().contiguous() if CONV1D.fullmatch(n) else t for n, t in floats.items()}
     return Frozen(weights, floats, ties=(about or {}).get("ties", {}), config=config, tokenizer=tokenizer_files(path))

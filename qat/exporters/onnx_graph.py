@@ -24,14 +24,7 @@ class Graph(GraphBase):
         """x on the grid of the layer that will use it (name, input), or x itself if there is none."""
         if coming is None:
             return x
-        name, given = coming
-        assert given.scale is not None  # a static input has one
-        storage = given.spec.type.storage
-        scale = self.constant(f"{name}.input.scale", given.scale.float().reshape(()))
-        zero = given.scale.new_zeros(()) if given.offset is None else given.offset.reshape(())
-        zero = self.constant(f"{name}.input.zero_point", zero.to(storage))
-        codes = self.add("QuantizeLinear", [x, scale, zero], f"{x}/quantize")
-        return self.add("DequantizeLinear", [codes, scale, zero], f"{x}/dequantize")
+        return self.fixed_grid(x, *coming, at=x)
 
     def layer(self, layer: Layer, x: str) -> str:
         name = layer["name"]

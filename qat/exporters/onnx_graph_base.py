@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from qat.frozen import Frozen
+from qat.frozen import Frozen, FrozenInput
 
 
 class GraphBase:
@@ -19,11 +20,13 @@ class GraphBase:
         self.constants: dict[str, TensorProto] = {}
 
     def add(self, op: str, inputs: Sequence[str], name: str, outputs: Sequence[str] = (), **attributes: Any) -> str:
+        """A node of this name; outputs: their names, if one made from `name` will not do."""
         made = list(outputs) or [f"{name}:{op}"]
         self.nodes.append(helper.make_node(op, inputs, made, name=name, **attributes))
         return made[0]
 
     def constant(self, name: str, value: Tensor | np.ndarray) -> str:
+        """An initializer; of the first value that the name is given."""
         if name not in self.constants:
             array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else value
             self.constants[name] = numpy_helper.from_array(array, name)
@@ -35,3 +38,14 @@ class GraphBase:
 
     def number(self, value: float) -> str:
         return self.constant(f"/float/{value!r}", np.array(value, np.float32))
+
+    def fixed_grid(self, x: str, module: str, given: FrozenInput, at: str) -> str:
+        """x on the static input grid of a layer: codes and back, by nodes called AT/quantize and AT/dequantize."""
+        assert given.scale is not None  # a static input has one
+        zero = torch.zeros((), dtype=torch.int32) if given.offset is None else given.offset.reshape(())
+        grid = [
+            self.constant(f"{module}.input.scale", given.scale.float().reshape(())),
+            self.constant(f"{module}.input.zero_point", zero.to(given.spec.type.storage)),
+        ]
+        codes = self.add("QuantizeLinear", [x, *grid], f"{at}/quantize")
+        return self.add("DequantizeLinear", [codes, *grid], f"{at}/dequantize")

@@ -6,7 +6,6 @@ Codes are int8 [N, K] with a float32 scale [N] (or one for all), whether a table
 """
 
 import numpy as np
-import torch
 from onnx import TensorProto
 
 from qat.errors import UserError
@@ -78,18 +77,7 @@ def linear(graph: GraphBase, module: str, x: str, name: str, held: FrozenWeight,
     zeros = np.zeros(held.tensor.scale.numel() if held.tensor.scale.numel() > 1 else (), np.int8)
     zero = graph.constant(f"/zeros/{module}", zeros)
     matrix = graph.add("DequantizeLinear", [codes, scale, zero], f"{module}/weight", axis=1)
-    return graph.add("MatMul", [_static(graph, module, x, given), matrix], module)
-
-
-def _static(graph: GraphBase, module: str, x: str, given: FrozenInput) -> str:
-    assert given.scale is not None  # a static input has one
-    zero = torch.zeros((), dtype=torch.int32) if given.offset is None else given.offset.reshape(())
-    grid = [
-        graph.constant(f"{module}.input.scale", given.scale.float().reshape(())),
-        graph.constant(f"{module}.input.zero_point", zero.to(given.spec.type.storage)),
-    ]
-    codes = graph.add("QuantizeLinear", [x, *grid], f"{module}/quantize")
-    return graph.add("DequantizeLinear", [codes, *grid], f"{module}/dequantize")
+    return graph.add("MatMul", [graph.fixed_grid(x, module, given, module), matrix], module)
 
 
 def _for_each_token(graph: GraphBase, module: str, x: str, codes: str, scale: str) -> str:

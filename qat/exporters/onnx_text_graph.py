@@ -8,6 +8,7 @@ import numpy as np
 from onnx import TensorProto
 
 from qat.exporters import onnx_int8
+from qat.exporters.hf_layout import CONV1D
 from qat.exporters.onnx_graph_base import GraphBase
 from qat.exporters.onnx_nbits import encode
 from qat.frozen import Frozen, FrozenWeight
@@ -29,6 +30,7 @@ class TextGraph(GraphBase):
         return self.constant(name, self.frozen.floats[name].float())
 
     def weight(self, module: str) -> tuple[str, FrozenWeight | None]:
+        """The name that a module's weight is held under, and what is held of it if it is quantized."""
         name = self.frozen.ties.get(f"{module}.weight", f"{module}.weight")
         return name, self.frozen.weights.get(name)
 
@@ -41,6 +43,7 @@ class TextGraph(GraphBase):
         return names
 
     def embedding(self, module: str, ids: str) -> str:
+        """The rows that are looked up, float32 [batch, sequence, width]."""
         name, held = self.weight(module)
         if held is None:
             return self.add("Gather", [self.parameter(name), ids], module)
@@ -62,6 +65,7 @@ class TextGraph(GraphBase):
         )
 
     def linear(self, module: str, x: str) -> str:
+        """x [..., K] -> [..., N], bias included, however the weight is held."""
         name, held = self.weight(module)
         if held is not None and onnx_int8.is_row_wise(held.tensor.spec):
             out = onnx_int8.linear(self, module, x, name, held, self.frozen.inputs.get(module))
@@ -77,6 +81,7 @@ class TextGraph(GraphBase):
         return out
 
     def matmul_nbits(self, module: str, x: str, name: str, held: FrozenWeight) -> str:
+        """x [..., K] -> [..., N] by ONNX Runtime's operator for packed blocks, without the bias."""
         rows, cols = held.tensor.codes.shape
         return self.add(
             "MatMulNBits",
@@ -91,9 +96,11 @@ class TextGraph(GraphBase):
         )
 
     def rms_norm(self, module: str, x: str, epsilon: float) -> str:
+        """Over the last dimension, times the weight."""
         return self.add("RMSNormalization", [x, self.parameter(f"{module}.weight")], module, axis=-1, epsilon=epsilon)
 
     def layer_norm(self, module: str, x: str, epsilon: float) -> str:
+        """Over the last dimension, with weight and bias."""
         parameters = [self.parameter(f"{module}.{p}") for p in ("weight", "bias")]
         return self.add("LayerNormalization", [x, *parameters], module, axis=-1, epsilon=epsilon)
 
@@ -160,4 +167,3 @@ class TextGraph(GraphBase):
 
 DECODER_INPUTS = {"input_ids": "sequence", "attention_mask": "total_sequence", "position_ids": "sequence"}
 ACTIVATIONS = ("silu", "swish", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
-CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out)

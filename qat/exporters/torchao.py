@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from qat.affine import QTensor
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, understood
 from qat.exporters.hf_folder import (
     base_config,
     described,
     float_dtype,
     frozen_weight,
     inputs_of,
+    opened,
     read_config,
     read_tensors,
     refuse_model,
     said_of,
     tokenizer_files,
+    weight_files,
     write,
 )
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
@@ -35,6 +37,7 @@ from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "transformers_folder"
 METHOD = "torchao"
+METADATA = "safetensors"  # key of `header`
 INTX, INT8 = "IntxUnpackedToInt8Tensor", "Int8Tensor"
 PARTS = ["qdata", "scale", "zero_point"]
 # torchao's inputs, a grid for each token: Int8DynamicActivationIntx (8da4w) and Int8DynamicActivationInt8
@@ -87,14 +90,32 @@ def export(frozen: Frozen, path: Path) -> None:
         if why := refuse_scheme(scheme, frozen.config):
             raise UserError(f"{module}: {why}")
     dtype = float_dtype(frozen)
-    metadata = {n: json.dumps({"_type": "Tensor"}) for n in frozen.floats}
     for name, w in frozen.weights.items():
         scale = w.tensor.scale
         if not torch.equal(scale.to(_scales(w, dtype)).float(), scale.float()):
             raise UserError(f"{name} has scales that {dtype} cannot hold: use scale 'portable'")
-        metadata[name] = json.dumps(_metadata(w, frozen.inputs.get(name.removesuffix(".weight")), dtype))
-    metadata["tensor_names"] = json.dumps(sorted(metadata))
-    write(path, base_config(frozen) | described(frozen) | _config(frozen), frozen, _tensors, metadata)
+    made = header(frozen)
+    metadata = {name: json.dumps(value) for name, value in made.pop(METADATA).items()}
+    write(path, made, frozen, _tensors, metadata)
+
+
+def header(frozen: Frozen) -> dict[str, Any]:
+    """config.json and, under METADATA, the weight files' headers."""
+    dtype = float_dtype(frozen)
+    metadata: dict[str, Any] = {n: {"_type": "Tensor"} for n in frozen.floats}
+    for name, w in frozen.weights.items():
+        metadata[name] = _metadata(w, frozen.inputs.get(name.removesuffix(".weight")), dtype)
+    metadata["tensor_names"] = sorted(metadata)
+    return base_config(frozen) | described(frozen) | _config(frozen) | {METADATA: metadata}
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What `header` made, of a folder. Raises VerifyError if it cannot be read."""
+    metadata: dict[str, Any] = {}
+    for file in weight_files(path):
+        with understood(file), opened(file) as f:
+            metadata |= {k: json.loads(v) for k, v in f.metadata().items() if k != "format"}
+    return read_config(path) | {METADATA: metadata}
 
 
 def caveats(frozen: Frozen) -> list[str]:
@@ -192,7 +213,8 @@ def _recipe(spec: QuantSpec, dynamic: bool) -> dict[str, Any]:
 
 
 def read(path: Path) -> Frozen:
-    """The folder back, other writers' included. Raises UserError if it is not torchao's, VerifyError if damaged."""
+    """The folder back, other writers' included. Raises UserError if it is not torchao's, and anything (see reading.py)
+    if it is damaged."""
     path = Path(path)
     config = read_config(path)
     found = config.pop("quantization_config", None) or {}
@@ -202,8 +224,8 @@ def read(path: Path) -> Frozen:
     tensors, metadata = read_tensors(path)
     weights: dict[str, FrozenWeight] = {}
     inputs: dict[str, FrozenInput] = {}
-    try:
-        for name in json.loads(metadata["tensor_names"]):
+    for name in json.loads(metadata["tensor_names"]):
+        with understood(f"{path}: {name}"):
             meta = json.loads(metadata[name])
             if meta["_type"] == "Tensor":
                 continue
@@ -212,8 +234,6 @@ def read(path: Path) -> Frozen:
             if data.get("activation_quantization") or data.get("act_quant_kwargs"):
                 spec = SYMMETRIC if meta["_type"] == INT8 else ASYMMETRIC
                 inputs[name.removesuffix(".weight")] = FrozenInput(spec, static=False)
-    except (KeyError, ValueError, RuntimeError) as e:
-        raise VerifyError(f"{path} cannot be decoded ({e!r})") from e
     if about is not None and inputs_of(about) != inputs:
         raise VerifyError(f"{path}: its header and its config disagree on which inputs are quantized")
     return Frozen(weights, tensors, inputs, (about or {}).get("ties", {}), config, tokenizer_files(path))
@@ -229,7 +249,8 @@ def _weight(name: str, meta: dict[str, Any], tensors: dict[str, Tensor], said: Q
     codes, scale, zero = (tensors.pop(f"{name.removesuffix('weight')}_weight_{part}") for part in PARTS)
     bits = 8 if meta["_type"] == INT8 else int(data["target_dtype"]["_data"].removeprefix("int"))
     block = (1, -1) if data["block_size"][1] == codes.shape[1] else (1, data["block_size"][1])
-    asymmetric = said.offset is not None if said else bool(zero.any())
+    asymmetric = bool(zero.any()) or (said is not None and said.offset is not None)
+    said = None if said and asymmetric and said.offset is None else said  # the tensor is what torchao computes with
     kind: dict[str, Any] = {"range": "minmax", "offset": "zero_point"} if asymmetric else {}
     spec = QuantSpec(qtype=f"int{bits}", block=block, scale=str(scale.dtype).removeprefix("torch."), **kind)
     half = 2 ** (bits - 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.utils import TransformersKwargs
 
 from qat.affine import choose_qparams, fake_quantize
 from qat.errors import UserError
@@ -24,6 +25,8 @@ from qat.scheme import KV_CACHES, QuantSpec
 TILE = 64  # queries from which flash attention multiplies matrices (ggml_fa_tile_config)
 Q8_0 = QuantSpec(qtype="int8", block=(1, 32), divide="reciprocal", scale="float16")
 NEIGHBOURS = ("llama", "mistral")  # their heads are stored with the two halves interleaved: other blocks of 32
+# keywords that models pass on: the mask has the window already, and masks, positions and caches are the caller's
+WITHOUT_EFFECT = {*TransformersKwargs.__annotations__, "sliding_window", "use_cache", "cache_position"}
 SCALED_QUERIES = ("gemma", "gemma2", "gemma3_text", "phi", "phi3")  # scaled before they are rounded
 
 
@@ -95,9 +98,16 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """transformers' attention interface: query (B, H, T, D), key and value (B, H_kv, S, D) -> (B, T, H, D), weights."""
+    """transformers' attention interface: query (B, H, T, D), key and value (B, H_kv, S, D) -> (B, T, H, D), weights.
+
+    Raises UserError for a keyword that attention of this kind does not compute, such as the sinks `s_aux`.
+    """
+    if unknown := sorted(k for k, v in others.items() if v is not None and k not in WITHOUT_EFFECT):
+        raise UserError(
+            f"kv_cache={kind} does not compute attention with {unknown[0]}, which this model has; leave it out"
+        )
     dim = query.shape[-1]
     model_type = getattr(getattr(module, "config", None), "model_type", "")
     scale = dim**-0.5 if scaling is None else scaling

@@ -24,6 +24,7 @@ class QuantLayer(nn.Module):
 
     @classmethod
     def from_float(cls, layer: nn.Module, weight: FakeQuantize | None, inputs: FakeQuantize | None) -> Self:
+        """The float layer with these quantizers of its weight and its input; None leaves it in floating point."""
         new = cls.__new__(cls)
         new.__dict__.update(layer.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
@@ -38,6 +39,7 @@ class QuantLayer(nn.Module):
         return weight
 
     def quantized_input(self, x: Tensor) -> Tensor:
+        """x, of any shape, as the integer layer sees it."""
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def quantized_weight(self) -> Tensor:

@@ -11,6 +11,8 @@ from qat.modules.base import QuantLayer
 
 
 class QuantConv1D(QuantLayer, Conv1D):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """x (..., in) -> (..., out) by transformers' Conv1D, whose weight lies (in, out)."""
+
     kind = "Conv1D"
 
     @staticmethod

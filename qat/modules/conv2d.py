@@ -6,6 +6,8 @@ from qat.modules.base import QuantLayer
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """(n, in, h, w) -> (n, out, h', w'); the weight is quantized as (out, in * kh * kw)."""
+
     kind = "Conv2d"
 
     @staticmethod

@@ -7,6 +7,8 @@ from qat.modules.base import QuantLayer
 
 
 class QuantEmbedding(QuantLayer, nn.Embedding):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """ids (...) -> (..., width); where the grid lies within rows, only those looked up are quantized."""
+
     kind = "Embedding"
 
     def forward(self, input: Tensor) -> Tensor:

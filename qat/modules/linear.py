@@ -7,6 +7,8 @@ from qat.modules.base import QuantLayer
 
 
 class QuantLinear(QuantLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """x (..., in) -> (..., out), weight (out, in) and input fake-quantized."""
+
     kind = "Linear"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from qat.affine import choose_qparams
 from qat.exporters.hf_layout import to_codes
+from qat.kernels.block_sum import with_block_sums
 from qat.kernels.integer_dot import integer_linear
 from qat.packed.base import PackedLayer
 
@@ -27,7 +28,12 @@ class PackedLinear(PackedLayer):
             grid = choose_qparams(x.reshape(-1, x.shape[-1]), taken)
             assert self.weight_scale is not None
             return integer_linear(x, grid, taken, codes, self.weight_scale, self.bias)
-        x = self.quantized_input(x)
+        out = self._product(self.quantized_input(x))
+        if taken is None or taken.block_sum is None or self.spec is None:
+            return out
+        return with_block_sums(out, x, taken, self.offsets())
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.spec is None or self.rows * self.cols <= WHOLE:
             return F.linear(x, self.dense(x.dtype), self.bias)
         step = max(1, WHOLE // self.cols // 1024) * 1024

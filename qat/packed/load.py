@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, understood
 from qat.exporters.compressed_tensors_read import our_name, ours
 from qat.exporters.hf import packed_tensors, quantization
-from qat.exporters.hf_folder import float_dtype, understood, weight_files
+from qat.exporters.hf_folder import float_dtype, weight_files
 from qat.exporters.hf_layout import describe
 from qat.frozen import Frozen
+from qat.modules.numerics import use_noted
 from qat.packed.replace import replace_layers, tie_layers
 
 
@@ -67,6 +68,7 @@ def pack(model: nn.Module, frozen: Frozen) -> nn.Module:
     if missing or left.unexpected_keys:
         name = (missing + left.unexpected_keys)[0]
         raise UserError(f"the model is not the one that was frozen: {name} is in only one of the two")
+    use_noted(model, frozen.config)
     return model.eval()
 
 

@@ -1,13 +1,32 @@
 """LSQ (Esser et al., arXiv:1902.08153): the scale is a parameter, its gradient that of the straight-through code."""
 
 import math
+import typing
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.affine import QParams, choose_qparams, store_ste, tile
+from qat.affine import QParams, choose_qparams, store_scale, tile
 from qat.quantizers.base import FakeQuantize
 from qat.scheme import QuantSpec
+
+
+class _Store(torch.autograd.Function):
+    """Round to the stored form and come back to float32; the gradient passes unchanged, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, stored: str | QuantSpec) -> Tensor:
+        return store_scale(value, stored).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def store_ste(value: Tensor, stored: str | QuantSpec) -> Tensor:
+    """float32 -> the float32 value of the stored scale, with an identity gradient (for learned scales)."""
+    return typing.cast(Tensor, _Store.apply(value, stored))  # pyright: ignore[reportUnknownMemberType]
 
 
 class _ScaleGrad(torch.autograd.Function):

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qat.exporters import target_module
+from qat.exporters import caveats
 from qat.frozen import Frozen
 from qat.report.schema import Fallback, Stages, read_report
 
@@ -77,8 +77,7 @@ def card(
             quality = stage.get("perplexity", stage.get("accuracy"))  # type: ignore[attr-defined]
             lines.append(f"| {name} | {stage['loss']:.5f} | {quality:.4f} |")  # type: ignore[index]
         lines.append("")
-    caveats = getattr(target_module(target), "caveats", None)
-    lines += [f"> {c}." for c in (caveats(frozen) if caveats else [])] + [""]
+    lines += [f"> {c}." for c in caveats(frozen, target)] + [""]
     if target == "onnx" and "layers" not in frozen.config:
         lines += ["```", "qat generate . --prompt 'The'", "```", ""]
     elif target in RUN:

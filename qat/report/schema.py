@@ -56,7 +56,9 @@ class Export(TypedDict):
 
     `path`: relative to the run folder, or absolute. `bytes`: the artefact on disk. `codes_equal` is about codes and
     stored scales, `weights_equal` about the weights dequantized in fp32; both, and `bits_per_weight`, are absent for a
-    compiled file that cannot be read back. `runtime` and what follows are absent when no runtime could be started.
+    compiled file that cannot be read back. `unchecked`: what the runtime computes otherwise than training did, and what
+    could not be compared. `runtime` and what follows are absent when no runtime could be started; `loss_diff`: nats
+    more than the trained model's.
     """
 
     path: str
@@ -65,8 +67,10 @@ class Export(TypedDict):
     bits_per_weight: NotRequired[float]
     codes_equal: NotRequired[bool]
     weights_equal: NotRequired[bool]
+    unchecked: NotRequired[list[str]]
     runtime: NotRequired[str]
     loss: NotRequired[float]
+    loss_diff: NotRequired[float]
     perplexity: NotRequired[float]
     accuracy: NotRequired[float]
     max_logit_diff: NotRequired[float]

@@ -7,7 +7,6 @@ environment's, so nothing is installed twice and nothing here changes. They lie 
 
 import argparse
 import os
-import shutil
 import site
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qat.errors import UserError
+from qat.files import atomic_folder
 
 # what each needs beside this environment's packages, in order; gptqmodel is built from its source (a minute), which
 # takes a C compiler
@@ -61,7 +61,12 @@ def _python(name: str) -> Path:
 
 def missing_environment(name: str) -> str | None:
     """How to make an environment that is not there; None if it is."""
-    return None if _python(name).exists() else f"make it with python -m qat.runtimes.environments {name}"
+    return None if _python(name).exists() else remedy(name)
+
+
+def remedy(name: str) -> str:
+    """What to type where a package is missing."""
+    return f"make it with python -m qat.runtimes.environments {name}" if name in PACKAGES else f"pip install {name}"
 
 
 def installed_in(name: str) -> str:
@@ -76,17 +81,15 @@ def make(name: str) -> Path:
     """Make an environment, anew if there is one; returns its folder. Raises UserError if pip fails."""
     if name not in PACKAGES:
         raise UserError(f"there is no environment {name!r}; there are {', '.join(PACKAGES)}")
-    path = folder(name)
-    shutil.rmtree(path, ignore_errors=True)
-    venv.create(path, with_pip=True)
-    (own,) = path.glob("lib/python*/site-packages")
-    (own / "below.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
-    for packages in PACKAGES[name]:
-        command = [path / "bin/python", "-m", "pip", "install", "--no-deps", "--no-build-isolation", *packages]
-        if subprocess.run([str(c) for c in command], check=False).returncode:
-            shutil.rmtree(path)
-            raise UserError(f"pip could not install {' '.join(packages)} for {name}: its output is above")
-    return path
+    with atomic_folder(folder(name)) as path:  # a half-made one would look complete
+        venv.create(path, with_pip=True)
+        (own,) = path.glob("lib/python*/site-packages")
+        (own / "below.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
+        for packages in PACKAGES[name]:
+            command = [path / "bin/python", "-m", "pip", "install", "--no-deps", "--no-build-isolation", *packages]
+            if subprocess.run([str(c) for c in command], check=False).returncode:
+                raise UserError(f"pip could not install {' '.join(packages)} for {name}: its output is above")
+    return folder(name)
 
 
 def main() -> None:

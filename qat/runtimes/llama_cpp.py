@@ -24,6 +24,7 @@ from gguf import GGUFReader
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.exporters.gguf_header import gguf_file
 from qat.exporters.gguf_models import KV_CACHE
 from qat.progress import told
 from qat.runtimes import main
@@ -43,14 +44,6 @@ def trained_cache(file: Path) -> str | None:
     except (OSError, ValueError, LookupError):
         return None  # llama.cpp says better than we what is wrong with the file
     return None if field is None else str(field.contents())
-
-
-def _file(path: Path) -> Path:
-    """`path` itself, or the one .gguf file in that folder."""
-    found = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if len(found) != 1:
-        raise UserError(f"{path} has {len(found)} .gguf files; name one file")
-    return found[0]
 
 
 class _Server:
@@ -214,7 +207,7 @@ def _wheel(file: Path, n_ctx: int, cache: str, flash: bool) -> Iterator[_Server]
 
 @contextmanager
 def _serve(path: Path, n_ctx: int) -> Iterator[_Server]:
-    program, file = shutil.which("llama-server"), _file(path)
+    program, file = shutil.which("llama-server"), gguf_file(path)
     cache, flash = CACHES[trained_cache(file)]
     with _binary(program, file, n_ctx, cache, flash) if program else _wheel(file, n_ctx, cache, flash) as server:
         server.ready()

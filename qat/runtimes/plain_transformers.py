@@ -27,7 +27,7 @@ def load(folder: str) -> Any:
     options = {}
     if any(not group["weights"]["symmetric"] for group in groups):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request["call"] == "tokenize":
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request["argument"]]
             answer = {"tokenize": torch.tensor([i for row in rows for i in row], dtype=torch.int64)}
             answer["lengths"] = torch.tensor([len(row) for row in rows], dtype=torch.int64)
@@ -82,7 +82,7 @@ def main() -> None:
             if model is None:
                 model = load(folder)
             if request["call"] == "complete":
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                 answer = {"complete": complete(model, tokenizer, json.loads(request["argument"]))}
             elif request["call"] == "score":
                 answer = {"score": score(model, load_file(request["argument"])["ids"])}

@@ -20,7 +20,7 @@ from qat.errors import UserError, VerifyError
 from qat.models.positions import refuse_longer
 from qat.progress import tell
 from qat.runtimes import main
-from qat.runtimes.environments import installed_in, interpreter
+from qat.runtimes.environments import installed_in, interpreter, remedy
 
 HELPERS = {
     "qat": "qat-as-shipped",
@@ -93,7 +93,7 @@ class _Process:
         lines = self.log.read().decode(errors="replace").strip().splitlines()
         absent = next((p for p in HELPERS.values() if any(_says_absent(line, p) for line in lines)), None)
         if absent:
-            raise UserError(f"{absent} is not installed: pip install {absent}")
+            raise UserError(f"{absent} is not installed: {remedy(absent)}")
         raise VerifyError(f"transformers cannot run {self.path}: {lines[-1] if lines else 'it ended without a word'}")
 
 

@@ -16,9 +16,10 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from qat.errors import UserError, VerifyError
-from qat.exporters import refuse_texts
-from qat.exporters.gguf import as_held, export, read, refuse
+from qat.exporters import read_any, refuse_texts
+from qat.exporters.gguf import FILE, as_held, export, gguf_file, read, refuse
 from qat.frozen import Frozen
+from qat.runtimes import llama_cpp
 from qat.scheme import QuantSpec
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -131,7 +132,6 @@ def test_llama_cpp_computes_what_was_trained(exported: tuple[Any, Frozen, Path])
     to 1e-2. So most of the short prompts must agree, not all; a wrong weight would spoil every one.
     """
     pytest.importorskip("xllamacpp")
-    from qat.runtimes import llama_cpp
 
     model, _, path = exported
     torch.manual_seed(1)
@@ -176,7 +176,6 @@ def test_float16_and_unquantized_matrices(tmp_path: Path) -> None:
 def test_long_context_rotations_in_llama_cpp(rope: dict[str, Any], tmp_path: Path) -> None:
     """Float weights, so nothing but the rotation could differ; 60 tokens go beyond the original context of 32."""
     pytest.importorskip("xllamacpp")
-    from qat.runtimes import llama_cpp
 
     model = tiny("llama", rope_parameters={"rope_theta": 500.0, **rope}, max_position_embeddings=128)
     export(Frozen({}, dict(model.named_parameters()), config=model.config.to_dict(), tokenizer=files()), tmp_path)
@@ -256,5 +255,18 @@ def test_a_damaged_file_is_a_verification_failure(tmp_path: Path) -> None:
     renamed = whole[:key] + b"x" + whole[key + 1 :]
     for damaged in (b"not a model", whole[:1000], whole[:-200_000], renamed):
         (tmp_path / "model.gguf").write_bytes(damaged)
-        with pytest.raises(VerifyError, match="is not a GGUF file that this export wrote"):
-            read(tmp_path)
+        with pytest.raises(VerifyError, match="cannot be decoded"):
+            read_any(tmp_path)
+
+
+def test_model_gguf_is_meant_by_its_folder_for_reader_and_runtime_alike(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has 0 \.gguf files"):
+        gguf_file(tmp_path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"has 2 \.gguf files; name one file"):
+        gguf_file(tmp_path)
+    (tmp_path / FILE).touch()
+    assert gguf_file(tmp_path) == tmp_path / FILE
+    assert gguf_file(tmp_path / "a.gguf") == tmp_path / "a.gguf"
+    assert llama_cpp.gguf_file is gguf_file

@@ -131,3 +131,6 @@ def test_what_cannot_be_is_refused() -> None:
         use_kv_cache(tiny("gpt2"), "int8")
     with pytest.raises(UserError, match="language models of transformers, not Linear"):
         use_kv_cache(nn.Linear(2, 2), "int8")
+    q, k, v = tensors()
+    with pytest.raises(UserError, match="kv_cache=float16 does not compute attention with s_aux"):
+        attention("float16", layer("gpt_oss"), q, k, v, mask(12), s_aux=torch.zeros(4))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.affine import QParams, choose_qparams, fake_quantize, store_ste, tile, untile
+from qat.affine import QParams, choose_qparams, fake_quantize, tile, untile
 from qat.quantizers.fixed import Fixed
-from qat.quantizers.lsq import LSQ
+from qat.quantizers.lsq import LSQ, store_ste
 from qat.quantizers.minmax import MinMax
 from qat.scheme import QuantSpec
 

@@ -32,6 +32,32 @@ def test_a_missing_one_is_named_before_and_after_training(target: str, tmp_path:
         run(target_module(target).RUNTIME, path, logprobs=[[1, 2]])
 
 
+def test_a_half_made_one_is_not_taken_for_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create(path: Path, **_: object) -> None:
+        for part in (path / "bin" / "python", path / "lib/python3/site-packages" / "site.py"):
+            part.parent.mkdir(parents=True)
+            part.touch()
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(environments.venv, "create", create)
+    with monkeypatch.context() as patch:
+        patch.setattr(environments.subprocess, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            environments.make("mlx")
+    assert environments.missing_environment("mlx") == environments.remedy("mlx")
+    assert not list(environments.folder("mlx").parent.iterdir())
+    monkeypatch.setitem(environments.PACKAGES, "mlx", [])
+    assert environments.make("mlx") == environments.folder("mlx")
+    assert environments.missing_environment("mlx") is None
+
+
+def test_the_remedy_is_what_brings_the_package() -> None:
+    assert environments.remedy("gptqmodel") == "make it with python -m qat.runtimes.environments gptqmodel"
+    assert environments.remedy("torchao") == "pip install torchao"
+
+
 @pytest.mark.slow
 def test_one_is_made_on_top_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(environments.PACKAGES, "bare", [])

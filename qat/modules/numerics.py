@@ -1,0 +1,40 @@
+"""What a runtime rounds besides weights and inputs, put into a model: its GELU and its KV cache.
+
+Both are noted in the model's config, under the keys of `Numerics`, so that whoever loads the model computes them too.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from qat.errors import UserError
+from qat.modules.gelu import use_table_gelu
+from qat.scheme import GELUS
+
+
+def refuse_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None) -> None:
+    """Raises UserError for a gelu or kv_cache that does not exist, or that the model cannot have."""
+    if gelu and gelu not in GELUS:
+        raise UserError(f"gelu={gelu} is not possible; choose {', '.join(GELUS)} or leave it out")
+    if kv_cache:
+        from qat.modules.attention import refuse_kv_cache
+
+        refuse_kv_cache(model, kv_cache)
+
+
+def use_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None) -> None:
+    """Let `model` compute with that GELU and over that KV cache, in place. Raises as `refuse_numerics`, unchanged."""
+    refuse_numerics(model, gelu, kv_cache)
+    config: Any = getattr(model, "config", None)
+    if gelu and use_table_gelu(model):  # a model without GELU has nothing to note
+        config.gelu = gelu
+    if kv_cache:
+        from qat.modules.attention import use_kv_cache
+
+        use_kv_cache(model, kv_cache)
+        config.kv_cache = kv_cache
+
+
+def use_noted(model: nn.Module, config: dict[str, Any]) -> None:
+    """`use_numerics` with what a frozen model's config notes. Raises UserError if that is nothing known."""
+    use_numerics(model, config.get("gelu"), config.get("kv_cache"))

@@ -1,0 +1,72 @@
+"""The contrast table's own rules: pairs by seed and window, the two spreads, and what cannot be told from noise."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import contrast_table as table
+
+from qat.errors import UserError
+
+
+def records(differences: list[float], jitter: float = 0.0) -> list[table.Record]:
+    """Two arms; windows and seeds differ far more than the arms do, and the second has one seed more."""
+    generator = torch.Generator().manual_seed(0)
+    noise = jitter * torch.randn(16, generator=generator, dtype=torch.float64)  # of the windows, in every seed
+    found = []
+    for seed, difference in enumerate([*differences, 9.0]):
+        level = 3 + torch.randn(16, generator=generator, dtype=torch.float64)
+        other = level + difference + noise
+        runs = [("wrong", other)] if seed == len(differences) else [("right", level), ("wrong", other)]
+        for arm, nll in runs:
+            found.append({"settings": "s", "seed": seed, "runtime": "r", "arm": arm, "torch": 3.0, "nll": nll.tolist()})
+    return found
+
+
+def cells(found: list[table.Record]) -> list[str]:
+    return [c.strip() for c in table.table(found).splitlines()[-1].strip("|").split("|")]
+
+
+def test_difference_is_paired_over_the_common_seeds_and_windows() -> None:
+    differences = [0.010, 0.012, 0.014]
+    error = torch.tensor(differences).std().item() / 3**0.5
+    assert cells(records(differences))[5:] == ["+0.0120", f"{error:.4f}", "0.0000", "worse"]
+
+
+@pytest.mark.parametrize(
+    ("differences", "jitter", "said"),
+    [
+        ([0.010, 0.012, 0.014], 0.0, "worse"),
+        ([-0.010, -0.012, -0.014], 0.0, "better"),
+        ([0.010, 0.001, 0.001], 0.0, "not distinguishable"),  # 0.0040 ± 0.0030 over seeds
+        ([0.001, 0.005, 0.006], 0.0, "not distinguishable"),  # 2.6 standard errors, but of three seeds
+        ([0.010, 0.012, 0.014], 0.5, "not distinguishable"),  # seeds agree, windows do not
+        ([0.010], 0.0, "one seed: unknown"),
+    ],
+)
+def test_verdict(differences: list[float], jitter: float, said: str) -> None:
+    assert cells(records(differences, jitter))[-1] == said
+
+
+def test_interval_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for n in range(2, 40):
+        values = torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        error, half = table.interval(values)
+        assert error == pytest.approx(stats.sem(values.numpy()))
+        exact = stats.t.ppf(0.975, n - 1) * error
+        assert exact * (1 - 1e-3) <= half <= exact * (1.001 if n <= 10 else 1.12)
+
+
+def test_record_of_two_settings_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "record.jsonl"
+    lines = [{**records([0.1])[0], "settings": name} for name in ("2 steps", "3 steps")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with pytest.raises(UserError, match="2 settings"):
+        table.read(file)
+    with pytest.raises(UserError, match="0 settings"):
+        table.read(tmp_path / "none.jsonl")
