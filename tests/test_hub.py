@@ -63,7 +63,7 @@ def run(url: str, home: Path, path: str = MODEL, embedded: Path | None = None, *
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
     argument = json.dumps([str(embedded or ""), path, options])
-    done = subprocess.run([sys.executable, "-c", DRIVER, argument], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", DRIVER, argument], env=env, capture_output=True, text=True, timeout=240)
     assert "Traceback" not in done.stderr
     seconds = float(done.stderr.splitlines()[-1]) if done.returncode else 0.0
     return Outcome(done.returncode, done.stdout.strip(), seconds)
@@ -167,7 +167,7 @@ def test_a_hub_that_breaks_off_in_mid_file(ranges: bool, dies: bool, weights: Pa
         hub.ranges = ranges
         outcome = run(hub.url, tmp_path, embedded=weights, offline="gpt2_mini")
     assert outcome.code == 2
-    assert outcome.seconds < 20
+    assert outcome.seconds < 60
     assert f"the download of {MODEL} from {hub.url} broke off" in outcome.text
     assert "run the same command again" in outcome.text
     assert not files(tmp_path, "model.safetensors")

@@ -19,7 +19,7 @@ from gguf.quants import quant_shape_to_byte_shape
 from torch import Tensor
 
 from qat.affine import QTensor
-from qat.errors import UserError, VerifyError
+from qat.errors import UserError, VerifyError, understood
 from qat.exporters.gguf_blocks import BY_GGML, SCHEMES, BlockType, block_type, refuse_grid
 from qat.exporters.gguf_families.base import Family
 from qat.exporters.gguf_header import FILE, describe, embedding_rows, gguf_file, header, read_header
@@ -210,8 +210,9 @@ def read(path: Path) -> Frozen:
     reading.py) if the file is damaged.
     """
     file = gguf_file(path)
-    reader = GGUFReader(file)
-    _refuse_overlap(file, reader)
+    with understood(file):
+        reader = GGUFReader(file)
+        _refuse_overlap(file, reader)
     fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("tokenizer.")}
     if fields.get("general.architecture") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import torch
 
-from qat.errors import UserError
+from qat.errors import UserError, understood
 from qat.exporters import onnx_sequential, onnx_text
 from qat.exporters.onnx_graph import METADATA
 from qat.exporters.onnx_read import read_sequential
@@ -69,8 +69,9 @@ def read(path: Path) -> Frozen:
     """The file (or a folder with it) -> codes, scales, zero points, floats and tokenizer. Raises VerifyError for a
     graph that computes something else, and anything (see reading.py) if the file is damaged."""
     file = path / FILE if path.is_dir() else path
-    onnx.checker.check_model(str(file))
-    model = onnx.load(str(file))
+    with understood(file):
+        onnx.checker.check_model(str(file))
+        model = onnx.load(str(file))
     told = json.loads({p.key: p.value for p in model.metadata_props}[METADATA])
     frozen = (read_sequential if "layers" in told["config"] else read_text)(model, told)
     folder = file.parent

@@ -36,7 +36,7 @@ def refuse_unsound(frozen: Frozen, path: Path) -> None:
     named += [(alias, f"is tied to {to}, which is not there") for alias, to in frozen.ties.items() if to not in held]
     for name, why in named:
         if why:
-            raise VerifyError(f"{path}: {name} {why}")
+            raise VerifyError(f"{path}: {name}: it {why}")
 
 
 def _unsound_float(value: Tensor) -> str | None:

@@ -66,7 +66,7 @@ def run_data(url: str, home: Path, *cases: tuple[str, dict[str, object]]) -> lis
     env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
     argument = json.dumps([(kind, {"cache_dir": str(home / "cache"), **options}) for kind, options in cases])
     command = [sys.executable, "-c", DATA_DRIVER, argument, str(Path(__file__).parents[1])]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -128,7 +128,7 @@ for _ in range(2):
         hub.card = CARD
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
         env["PYTHONPATH"] = str(Path(__file__).parents[2])
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
     broken, after = done.stdout.splitlines()
     assert broken.startswith(f"UserError the download of {DATASET} from {hub.url} broke off")
     assert after.startswith("Unreachable")  # what came before the break is no cached data set
