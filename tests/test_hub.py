@@ -63,7 +63,7 @@ def run(url: str, home: Path, path: str = MODEL, embedded: Path | None = None, *
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
     argument = json.dumps([str(embedded or ""), path, options])
-    done = subprocess.run([sys.executable, "-c", DRIVER, argument], env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([sys.executable, "-c", DRIVER, argument], env=env, capture_output=True, text=True, timeout=99)
     assert "Traceback" not in done.stderr
     seconds = float(done.stderr.splitlines()[-1]) if done.returncode else 0.0
     return Outcome(done.returncode, done.stdout.strip(), seconds)
