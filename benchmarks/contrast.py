@@ -48,6 +48,7 @@ from qat.scheme import QuantSpec
 from qat.shipping import tokenizer_files
 
 RATE = 3e-4
+COMMANDS = "`python benchmarks/contrast.py` and `python benchmarks/contrast.py --ternary --seeds 2 --steps 150 --batch 8`;"
 
 
 class Bench:
@@ -106,8 +107,11 @@ class Bench:
 
     def score(self, runtime: str, arm: str, trained: float, frozen: Frozen, exporter: str = "gguf") -> None:
         """Score `frozen` in its runtime and add a line to the record."""
+        self.record(runtime, arm, trained, self.in_runtime(frozen, exporter))
+
+    def record(self, runtime: str, arm: str, trained: float, nll: list[float]) -> None:
+        """Add a line to the record: loss in torch, and of each window in the runtime, in nats."""
         settings = f"{self.args.steps} steps of {self.args.batch} × 256 tokens, {self.args.windows} windows"
-        nll = self.in_runtime(frozen, exporter)
         line = {"settings": settings, "seed": self.seed, "runtime": runtime, "arm": arm, "torch": trained, "nll": nll}
         with self.args.record.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
@@ -155,15 +159,19 @@ def state(net: Any) -> dict[str, Tensor]:
 
 
 def right_grid(b: Bench, kind: str, name: str, quantizer: WeightQuantizer) -> Frozen:
-    """Trained on the grid of ggml's type `kind`, with its activations and without; gives the former."""
+    """Trained on the grid of ggml's type `kind` with its activations; gives what was trained."""
     runtime = f"llama.cpp {kind}"
     net = b.train(scheme(name), quantizer)
     right, trained = b.frozen(net), b.in_torch(net)
     b.score(runtime, "its grid and its activations", trained, right)
     b.score(runtime, "the same, its float master weights re-derived", trained, rederived(right, state(net), kind))
-    net = b.train(weight_only(name), quantizer)
-    b.score(runtime, "its grid, float activations", b.in_torch(net), b.frozen(net))
     return right
+
+
+def float_inputs(b: Bench, kind: str, name: str, quantizer: WeightQuantizer) -> None:
+    """Trained on the grid of ggml's type `kind` without the activations that the runtime has."""
+    net = b.train(weight_only(name), quantizer)
+    b.score(f"llama.cpp {kind}", "its grid, float activations", b.in_torch(net), b.frozen(net))
 
 
 def other_grid(b: Bench, kind: str, arm: str, spec: dict[str, Any], quantizer: WeightQuantizer) -> tuple[float, Frozen]:
@@ -175,20 +183,35 @@ def other_grid(b: Bench, kind: str, arm: str, spec: dict[str, Any], quantizer: W
     return trained, found
 
 
+def before(b: Bench) -> None:
+    """The model that every arm starts from, in torch."""
+    nll = evaluation.answer(b.loaded.model, b.batch, 8)["nll"].double().mean(1).tolist()
+    b.record("torch", "float, not fine-tuned", b.in_torch(b.loaded.model), nll)
+
+
+def ternary(b: Bench) -> Frozen:
+    """The arms that differ by the grid of ternary weights alone; gives what was trained on the right one."""
+    right = right_grid(b, "TQ2_0", "llama_tq2_0", LSQ)
+    int2 = weight_only("llama_tq2_0", lambda s: replace(s, qtype="int2", block=(1, 32)))
+    other_grid(b, "TQ2_0", "another 2-bit grid (int2 in groups of 32)", int2, LSQ)
+    return right
+
+
 def run(b: Bench) -> None:
     """All arms of one seed."""
-    right = right_grid(b, "TQ2_0", "llama_tq2_0", LSQ)
+    before(b)
+    right = ternary(b)
+    float_inputs(b, "TQ2_0", "llama_tq2_0", LSQ)
     net = b.train(None)
     floating, loss, no_grid = state(net), b.in_torch(net), "no grid: float fine-tuning, re-derived"
     b.score("llama.cpp TQ2_0", no_grid, loss, rederived(right, floating, "TQ2_0"))
     right_grid(b, "Q4_0", "llama_q4_0", MinMax)
+    float_inputs(b, "Q4_0", "llama_q4_0", MinMax)
     b.score("llama.cpp Q4_0", no_grid, loss, rederived(right, floating, "Q4_0"))
     half = weight_only("llama_q4_0", lambda s: replace(s, range="absmax_half", scale="float32"))
     loss, found = other_grid(b, "Q4_0", "another int4 grid (max/7.5, float32 scales)", half, MinMax)
     b.score("transformers", "max/7.5, float32 scales kept", loss, found, "hf")
     b.score("transformers", "the same, scales rounded to bfloat16", loss, bfloat16_scales(found), "hf")
-    int2 = weight_only("llama_tq2_0", lambda s: replace(s, qtype="int2", block=(1, 32)))
-    other_grid(b, "TQ2_0", "another 2-bit grid (int2 in groups of 32)", int2, LSQ)
 
 
 def main() -> None:
@@ -201,19 +224,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens in a step")
     parser.add_argument("--windows", type=int, default=32, help="of evaluation text")
     parser.add_argument("--record", type=Path, default=Path("outputs/contrast.jsonl"), help="each score is appended")
+    parser.add_argument("--ternary", action="store_true", help="only ternary and int2 weights")
     parser.add_argument("--print", action="store_true", help="leave docs/contrast.md as it is")
     args = parser.parse_args()
     args.record.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.first, args.first + args.seeds):
-        run(Bench(args, seed))
+        (ternary if args.ternary else run)(Bench(args, seed))
     records = contrast_table.read(args.record)
-    print(contrast_table.table(records))
+    print(contrast_table.tables(records))
     if not args.print:
         text = " ".join((__doc__ or "").split("\n\n")[2].split())
-        seeds = len({r["seed"] for r in records})
-        ran = f"`python benchmarks/contrast.py --seeds {seeds}`, {records[-1]['settings']}, "
-        ran += f"{machine(torch.get_num_threads())}."
-        contrast_table.write(f"{text}\n\n{ran}", records)
+        contrast_table.write(f"{text}\n\n{COMMANDS} {machine(torch.get_num_threads())}.", records)
 
 
 if __name__ == "__main__":

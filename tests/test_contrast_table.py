@@ -62,11 +62,14 @@ def test_interval_is_that_of_scipy() -> None:
         assert exact * (1 - 1e-3) <= half <= exact * (1.001 if n <= 10 else 1.12)
 
 
-def test_record_of_two_settings_is_refused(tmp_path: Path) -> None:
+def test_runs_with_other_settings_have_a_table_of_their_own() -> None:
+    few, many = records([0.010, 0.012]), [{**r, "settings": "t"} for r in records([0.5, 0.6, 0.7])]
+    assert table.tables([*few, *many]) == f"s:\n\n{table.table(few)}\n\nt:\n\n{table.table(many)}"
+
+
+def test_record_is_read_and_a_missing_one_refused(tmp_path: Path) -> None:
     file = tmp_path / "record.jsonl"
-    lines = [{**records([0.1])[0], "settings": name} for name in ("2 steps", "3 steps")]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    with pytest.raises(UserError, match="2 settings"):
-        table.read(file)
-    with pytest.raises(UserError, match="0 settings"):
+    file.write_text("".join(json.dumps(r) + "\n" for r in records([0.1])), encoding="utf-8")
+    assert table.read(file) == records([0.1])
+    with pytest.raises(UserError, match="does not exist"):
         table.read(tmp_path / "none.jsonl")
