@@ -48,7 +48,9 @@ from qat.scheme import QuantSpec
 from qat.shipping import tokenizer_files
 
 RATE = 3e-4
-COMMANDS = "`python benchmarks/contrast.py` and `python benchmarks/contrast.py --ternary --seeds 2 --steps 150 --batch 8`;"
+COMMANDS = (
+    "`python benchmarks/contrast.py` and `python benchmarks/contrast.py --ternary --seeds 2 --steps 150 --batch 8`;"
+)
 
 
 class Bench:
