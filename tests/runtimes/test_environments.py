@@ -69,6 +69,7 @@ def test_one_is_made_on_top_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(environments.PACKAGES, "bare", [["./no-such-folder"]])
     with pytest.raises(UserError, match="pip could not install"):
         environments.make("bare")
-    assert not path.exists()
+    assert environments.missing_environment("bare") is None, "the one that was whole is still there"
+    assert list(path.parent.iterdir()) == [path], "and nothing half-made beside it"
     with pytest.raises(UserError, match="there are gptqmodel, mlx"):
         environments.make("no-such")
