@@ -1,4 +1,4 @@
-"""ggml's own C functions out of the xllamacpp wheel: how llama.cpp itself quantizes a matrix and reads it back."""
+"""ggml's own C functions out of the xllamacpp wheel: how llama.cpp itself quantizes a matrix, reads it back, and norms."""
 
 import ctypes
 from functools import cache
@@ -39,4 +39,38 @@ def dequantize(data: np.ndarray, kind: GGMLQuantizationType, columns: int) -> np
     read = getattr(_library(), f"dequantize_row_{kind.name.lower().replace('_k', '_K')}")
     read.restype = None
     read(data.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(out.size))
+    return out
+
+
+class _Parameters(ctypes.Structure):
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+def _call(name: str, *arguments: Any, gives: Any = ctypes.c_void_p) -> Any:
+    function = getattr(_library(), name)
+    function.restype = gives
+    return function(*arguments)
+
+
+def norm(name: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> np.ndarray:
+    """ggml_norm or ggml_rms_norm of float32 [N, C] times weight [C], plus bias, as ggml's CPU backend computes it."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    context = pointer(_call("ggml_init", _Parameters(8 * x.nbytes + 2**22, None, False)))
+
+    def tensor(values: np.ndarray) -> Any:
+        rows, columns = values.reshape(-1, values.shape[-1]).shape
+        made = pointer(_call("ggml_new_tensor_2d", context, 0, size(columns), size(rows)))
+        ctypes.memmove(_call("ggml_get_data", made), np.ascontiguousarray(values).ctypes.data, values.nbytes)
+        return made
+
+    made = pointer(_call(name, context, tensor(x), ctypes.c_float(eps)))
+    made = pointer(_call("ggml_mul", context, made, tensor(weight)))
+    if bias is not None:
+        made = pointer(_call("ggml_add", context, made, tensor(bias)))
+    graph = pointer(_call("ggml_new_graph", context))
+    _call("ggml_build_forward_expand", graph, made, gives=None)
+    assert _call("ggml_graph_compute_with_ctx", context, graph, 1, gives=ctypes.c_int) == 0
+    out = np.empty_like(x)
+    ctypes.memmove(out.ctypes.data, _call("ggml_get_data", made), out.nbytes)
+    _call("ggml_free", context, gives=None)
     return out

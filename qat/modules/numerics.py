@@ -1,6 +1,6 @@
-"""What a runtime rounds besides weights and inputs, put into a model: its GELU and its KV cache.
+"""What a runtime rounds besides weights and inputs, put into a model: its GELU, its KV cache and its norms.
 
-Both are noted in the model's config, under the keys of `Numerics`, so that whoever loads the model computes them too.
+They are noted in the model's config, under the keys of `Numerics`, so that whoever loads the model computes them too.
 """
 
 from typing import Any
@@ -9,25 +9,31 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.modules.gelu import use_table_gelu
-from qat.scheme import GELUS
+from qat.modules.norm import use_kernel_norms
+from qat.scheme import GELUS, NORMS
 
 
-def refuse_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None) -> None:
-    """Raises UserError for a gelu or kv_cache that does not exist, or that the model cannot have."""
+def refuse_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None, norm: str | None = None) -> None:
+    """Raises UserError for a gelu, kv_cache or norm that does not exist, or that the model cannot have."""
     if gelu and gelu not in GELUS:
         raise UserError(f"gelu={gelu} is not possible; choose {', '.join(GELUS)} or leave it out")
+    if norm and norm not in NORMS:
+        raise UserError(f"norm={norm} is not possible; choose {', '.join(NORMS)} or leave it out")
     if kv_cache:
         from qat.modules.attention import refuse_kv_cache
 
         refuse_kv_cache(model, kv_cache)
 
 
-def use_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None) -> None:
-    """Let `model` compute with that GELU and over that KV cache, in place. Raises as `refuse_numerics`, unchanged."""
-    refuse_numerics(model, gelu, kv_cache)
+def use_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None, norm: str | None = None) -> None:
+    """Let `model` compute with that GELU and norm and over that KV cache, in place. Raises as `refuse_numerics`,
+    unchanged."""
+    refuse_numerics(model, gelu, kv_cache, norm)
     config: Any = getattr(model, "config", None)
     if gelu and use_table_gelu(model):  # a model without GELU has nothing to note
         config.gelu = gelu
+    if norm and use_kernel_norms(model, norm) and config is not None:
+        config.norm = norm
     if kv_cache:
         from qat.modules.attention import use_kv_cache
 
@@ -37,4 +43,4 @@ def use_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None) -> No
 
 def use_noted(model: nn.Module, config: dict[str, Any]) -> None:
     """`use_numerics` with what a frozen model's config notes. Raises UserError if that is nothing known."""
-    use_numerics(model, config.get("gelu"), config.get("kv_cache"))
+    use_numerics(model, config.get("gelu"), config.get("kv_cache"), config.get("norm"))

@@ -33,7 +33,7 @@ def test_every_source_computes_what_was_trained(name: str, kind: str, kv_cache: 
     shape |= {"head_dim": 64} if kind in ("llama", "gemma2") else {}
     model = tiny(kind, **shape)
     float_logits = logits(model)
-    model = qat.prepare(model, chosen["rules"], gelu=chosen["gelu"], kv_cache=kv_cache).eval()
+    model = qat.prepare(model, **{**chosen, "kv_cache": kv_cache}).eval()
     model.config.architectures = [type(model).__name__]  # pyright: ignore
     frozen = qat.convert(model, tokenizer={"tokenizer_config.json": b"{}"})
     want = logits(model)

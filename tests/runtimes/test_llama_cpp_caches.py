@@ -80,7 +80,7 @@ def test_the_embedded_model_over_each_cache(kind: str, tmp_path: Path) -> None:
     """A cache multiplies the roundings that a last bit can flip. llama.cpp sums integers, exactly, where torch
     multiplies float32, so it is the float64 evaluation of the simulation that it comes nearest to."""
     loaded: Any = load(None, name="gpt2_mini")
-    net: Any = qat.prepare(loaded.model, scheme("llama_q4_0")["rules"], gelu="float16_table", kv_cache=kind).eval()
+    net: Any = qat.prepare(loaded.model, **{**scheme("llama_q4_0"), "kv_cache": kind}).eval()
     config = {**net.config.to_dict(), "architectures": [type(net).__name__], "name": "mini"}
     torch.manual_seed(1)
     prompts = [torch.randint(2, config["vocab_size"], (8 + i % 5,)).tolist() for i in range(50)]

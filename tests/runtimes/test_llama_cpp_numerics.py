@@ -45,7 +45,7 @@ def prepared(name: str, model: str, kv_cache: str | None = None) -> nn.Module:
         for p in net.parameters():
             p.mul_(0.3)
     chosen = scheme(name)
-    return qat.prepare(net, chosen["rules"], gelu=chosen.get("gelu"), kv_cache=kv_cache).eval()
+    return qat.prepare(net, **{**chosen, "kv_cache": kv_cache}).eval()
 
 
 def in_llama_cpp(net: Any, prompts: list[list[int]], folder: Path) -> Tensor:
