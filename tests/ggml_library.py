@@ -1,4 +1,4 @@
-"""ggml's own C functions out of the xllamacpp wheel: how llama.cpp itself quantizes a matrix, reads it back, and norms."""
+"""ggml's own C functions out of the xllamacpp wheel: how llama.cpp itself quantizes, reads back and norms a matrix."""
 
 import ctypes
 from functools import cache

@@ -206,6 +206,14 @@ def test_weights_that_are_not_finite_are_named() -> None:
         convert(model)
 
 
+def test_what_a_runtime_computes_otherwise_is_noted_or_refused() -> None:
+    config = prepare(gpt2(), GPT2_RULES, gelu="float16_table", norm="ggml").config
+    assert (config.gelu, config.norm) == ("float16_table", "ggml")
+    assert not hasattr(prepare(gpt2(), GPT2_RULES).config, "norm")
+    with pytest.raises(UserError, match="norm=mlx is not possible; choose ggml, onnxruntime or leave it out"):
+        prepare(gpt2(), GPT2_RULES, norm="mlx")
+
+
 def test_a_trained_state_survives_save_and_load() -> None:
     """Learned scales and observed ranges are in the state dict, bit for bit."""
     model = prepare(cnn(), [Rule(scheme=STATIC)], weight=lambda s, t: LSQ(s, t))

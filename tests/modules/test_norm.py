@@ -12,6 +12,7 @@ from torch import nn
 from qat.modules.norm import KERNELS, KernelLayerNorm, KernelRMSNorm, use_kernel_norms
 
 EPS = 1e-5
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2"]
 # both libraries take wider sums where there is AVX-512, which was not at hand when this was written
 NARROW = torch.backends.cpu.get_cpu_capability() == "AVX2"
 
@@ -66,7 +67,7 @@ def test_onnxruntimes_norms(columns: int) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_keeps_its_parameters_and_all_but_the_last_bits(kind: str, kernel: str) -> None:
     model = tiny(kind)
     norms = sum("Norm" in type(m).__name__ for m in model.modules())
