@@ -5,7 +5,8 @@
     python benchmarks/parity.py llama_cpp --write     # and its rows replace those in docs/parity.md
 
 Each scheme is put on the embedded models (round-to-nearest: parity does not depend on training) and on random Llamas
-with norms that are not 1, exported, read back and run in the real runtime. docs/parity.md says what the columns mean, parity_variants.py what there is.
+with norms that are not 1, exported, read back and run in the real runtime. docs/parity.md says what the columns mean;
+what there is to be measured is in parity_variants.py.
 """
 
 import argparse
