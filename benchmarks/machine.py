@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-VNNI = {"avx512_vnni", "avx_vnni"}  # flags of /proc/cpuinfo; with either, runtimes take other integer kernels
+INFO = Path("/proc/cpuinfo")
+VNNI = {"avx512_vnni", "avx_vnni"}  # its flags; with either, runtimes take other integer kernels
 
 
 def machine(threads: int | None = None) -> str:
     """Of this machine, now. threads: how many measured."""
-    info, load = Path("/proc/cpuinfo"), Path("/proc/loadavg")
-    cpu = processor(info.read_text() if info.exists() else "", torch.backends.cpu.get_cpu_capability())
-    parts = [str(date.today()), f"torch {version('torch')}", cpu]
+    load = Path("/proc/loadavg")
+    parts = [str(date.today()), f"torch {version('torch')}", processor(info(), torch.backends.cpu.get_cpu_capability())]
     if threads:
         parts.append("1 thread" if threads == 1 else f"{threads} threads")
     if load.exists():
@@ -22,11 +22,23 @@ def machine(threads: int | None = None) -> str:
     return ", ".join(parts)
 
 
-def processor(info: str, capability: str) -> str:
-    """Name and instruction set, such as "AMD EPYC (AVX512, VNNI)". info: the text of /proc/cpuinfo, or ""; capability:
-    the vector instructions that torch uses."""
+def info() -> str:
+    """The text of /proc/cpuinfo, or ""."""
+    return INFO.read_text() if INFO.exists() else ""
+
+
+def first(info: str) -> dict[str, str]:
+    """What that text says of the first processor."""
     lines = [(key.strip(), value.strip()) for key, _, value in (x.partition(":") for x in info.splitlines())]
-    found = dict(reversed(lines))  # the first processor's
-    name = found.get("model name", platform.processor() or platform.machine())
-    vnni = ", VNNI" if VNNI & set(found.get("flags", "").split()) else ""
-    return f"{name} ({capability}{vnni})"
+    return dict(reversed(lines))
+
+
+def has_vnni(info: str) -> bool:
+    """Whether four products of bytes are added in 32 bits by one instruction."""
+    return bool(VNNI & set(first(info).get("flags", "").split()))
+
+
+def processor(info: str, capability: str) -> str:
+    """Name and instruction set, such as "AMD EPYC (AVX512, VNNI)". capability: the vectors that torch uses."""
+    name = first(info).get("model name", platform.processor() or platform.machine())
+    return f"{name} ({capability}{', VNNI' if has_vnni(info) else ''})"

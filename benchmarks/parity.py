@@ -23,7 +23,7 @@ from typing import Any
 import parity_table as table
 import torch
 from machine import machine
-from parity_causes import as_transformers, cause
+from parity_causes import cause, known, within
 from parity_spread import others, spreads, step
 from parity_subjects import RANDOM, Subject, subjects
 from parity_variants import exports, models, scheme_of
@@ -112,9 +112,10 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
     missed = table.misses(
         equal=equal, error=error, spread=bound, rounded=rounded, half=half, ratio=there / trained, text=text_equal
     )
-    theirs = None
-    if other := as_transformers(net, target, runtime):
-        theirs = (got["logprobs"][:PROMPTS] - last(other, prompts)[0]).abs().amax(-1) / largest
+    simulated = None
+    if missed != "none" and (otherwise := known(target, runtime)):
+        theirs = last(otherwise[0](net), prompts)[0]
+        simulated = otherwise[1], (got["logprobs"][:PROMPTS] - theirs).abs().amax(-1) / largest
     return [
         missed,
         held if equal else f"**NO** {found.differences[0]}",
@@ -126,13 +127,8 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
         text_cell,
         got["version"],
         str(date.today()),
-        cause(target, exporter, missed, theirs, error, max(apart.values()) + unit),
+        cause(target, exporter, missed, simulated, error, max(apart.values()) + unit),
     ]
-
-
-def within(error: Tensor) -> float:
-    """The share of prompts that are within the bound of float activations."""
-    return float((error <= table.FLOAT).float().mean())
 
 
 def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) -> tuple[str, bool]:
