@@ -3,6 +3,7 @@
     python benchmarks/contrast.py            # three seeds, each score to outputs/contrast.jsonl, to docs/contrast.md
     python benchmarks/contrast.py --first 3  # three more, say in another process
     python benchmarks/contrast.py --seeds 0  # docs/contrast.md anew from what was recorded
+    python benchmarks/contrast.py --arms q4_0 --seeds 8 --windows 200   # the four-bit arms alone
     python benchmarks/contrast.py --steps 5 --windows 2 --seeds 1 --record outputs/look.jsonl --print   # a look
 
 In every arm the embedded model is fine-tuned for the same steps at the same learning rate (AdamW, 3e-4, cosine) on the
@@ -20,6 +21,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from qat import evaluation, runtimes
 from qat.affine import QTensor
 from qat.conversion import WeightQuantizer
 from qat.data.stdlib import StdlibData
+from qat.errors import UserError
 from qat.exporters import export, target_module
 from qat.exporters.gguf_blocks import TYPES
 from qat.frozen import Frozen
@@ -48,20 +51,19 @@ from qat.scheme import QuantSpec
 from qat.shipping import tokenizer_files
 
 RATE = 3e-4
-COMMANDS = (
-    "`python benchmarks/contrast.py` and `python benchmarks/contrast.py --ternary --seeds 2 --steps 150 --batch 8`;"
-)
 
 
 class Bench:
-    """The model, one seed's order of the data, and where its figures go."""
+    """The model, one seed's order of the data, and where its figures go. said: how they came to be."""
 
-    def __init__(self, args: argparse.Namespace, seed: int) -> None:
+    def __init__(self, args: argparse.Namespace, seed: int, said: str) -> None:
         self.loaded = load(None, name="gpt2_mini")
         self.data = StdlibData(block_size=256, batch_size=args.batch, seed=seed)
         self.data.attach(self.loaded.tokenizer)
         self.batch = self.data.evaluation("test", args.windows)
-        self.args, self.seed = args, seed
+        if (there := len(self.batch["input_ids"])) < args.windows:
+            raise UserError(f"the evaluation text has {there} windows, not {args.windows}; give --windows {there}")
+        self.args, self.seed, self.said = args, seed, said
 
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
@@ -92,6 +94,12 @@ class Bench:
             optimizer.zero_grad()
         return net.eval()
 
+    @cached_property
+    def floating(self) -> tuple[float, dict[str, Tensor]]:
+        """Fine-tuned in floating point: the loss in torch, and the parameters."""
+        net = self.train(None)
+        return self.in_torch(net), state(net)
+
     def frozen(self, net: Any) -> Frozen:
         """The trained model's codes, scales and floats."""
         return qat.convert(net, config=self.config(), tokenizer=tokenizer_files(self.loaded.tokenizer))
@@ -114,7 +122,8 @@ class Bench:
     def record(self, runtime: str, arm: str, trained: float, nll: list[float]) -> None:
         """Add a line to the record: loss in torch, and of each window in the runtime, in nats."""
         settings = f"{self.args.steps} steps of {self.args.batch} × 256 tokens, {self.args.windows} windows"
-        line = {"settings": settings, "seed": self.seed, "runtime": runtime, "arm": arm, "torch": trained, "nll": nll}
+        line: contrast_table.Record = {"settings": settings, "said": self.said, "seed": self.seed}
+        line |= {"runtime": runtime, "arm": arm, "torch": trained, "nll": nll}
         with self.args.record.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(line) + "\n")
         print(f"{self.seed} | {runtime} | {arm} | {trained:.4f} | {sum(nll) / len(nll):.4f}", flush=True)
@@ -185,6 +194,12 @@ def other_grid(b: Bench, kind: str, arm: str, spec: dict[str, Any], quantizer: W
     return trained, found
 
 
+def no_grid(b: Bench, kind: str, like: Frozen) -> None:
+    """Trained in floating point and re-derived to ggml's type `kind`. like: which weights are quantized."""
+    trained, values = b.floating
+    b.score(f"llama.cpp {kind}", "no grid: float fine-tuning, re-derived", trained, rederived(like, values, kind))
+
+
 def before(b: Bench) -> None:
     """The model that every arm starts from, in torch."""
     nll = evaluation.answer(b.loaded.model, b.batch, 8)["nll"].double().mean(1).tolist()
@@ -192,11 +207,22 @@ def before(b: Bench) -> None:
 
 
 def ternary(b: Bench) -> Frozen:
-    """The arms that differ by the grid of ternary weights alone; gives what was trained on the right one."""
+    """The arms that differ by the grid of two-bit weights alone; gives what was trained on the right one."""
     right = right_grid(b, "TQ2_0", "llama_tq2_0", LSQ)
     int2 = weight_only("llama_tq2_0", lambda s: replace(s, qtype="int2", block=(1, 32)))
     other_grid(b, "TQ2_0", "another 2-bit grid (int2 in groups of 32)", int2, LSQ)
     return right
+
+
+def q4_0(b: Bench) -> None:
+    """The arms of four-bit weights."""
+    right = right_grid(b, "Q4_0", "llama_q4_0", MinMax)
+    float_inputs(b, "Q4_0", "llama_q4_0", MinMax)
+    no_grid(b, "Q4_0", right)
+    half = weight_only("llama_q4_0", lambda s: replace(s, range="absmax_half", scale="float32"))
+    loss, found = other_grid(b, "Q4_0", "another int4 grid (max/7.5, float32 scales)", half, MinMax)
+    b.score("transformers", "max/7.5, float32 scales kept", loss, found, "hf")
+    b.score("transformers", "the same, scales rounded to bfloat16", loss, bfloat16_scales(found), "hf")
 
 
 def run(b: Bench) -> None:
@@ -204,39 +230,50 @@ def run(b: Bench) -> None:
     before(b)
     right = ternary(b)
     float_inputs(b, "TQ2_0", "llama_tq2_0", LSQ)
-    net = b.train(None)
-    floating, loss, no_grid = state(net), b.in_torch(net), "no grid: float fine-tuning, re-derived"
-    b.score("llama.cpp TQ2_0", no_grid, loss, rederived(right, floating, "TQ2_0"))
-    right_grid(b, "Q4_0", "llama_q4_0", MinMax)
-    float_inputs(b, "Q4_0", "llama_q4_0", MinMax)
-    b.score("llama.cpp Q4_0", no_grid, loss, rederived(right, floating, "Q4_0"))
-    half = weight_only("llama_q4_0", lambda s: replace(s, range="absmax_half", scale="float32"))
-    loss, found = other_grid(b, "Q4_0", "another int4 grid (max/7.5, float32 scales)", half, MinMax)
-    b.score("transformers", "max/7.5, float32 scales kept", loss, found, "hf")
-    b.score("transformers", "the same, scales rounded to bfloat16", loss, bfloat16_scales(found), "hf")
+    no_grid(b, "TQ2_0", right)
+    q4_0(b)
 
 
-def main() -> None:
+ARMS = {"all": run, "ternary": ternary, "q4_0": q4_0}
+
+
+def arguments() -> argparse.ArgumentParser:
     """The command line."""
     about, *_ = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--arms", choices=ARMS, default="all", help="ternary: the right grid and int2; q4_0: four bits")
     parser.add_argument("--seeds", type=int, default=3, help="how many orders of the training text")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--steps", type=int, default=60, help="of each arm")
     parser.add_argument("--batch", type=int, default=4, help="windows of 256 tokens in a step")
-    parser.add_argument("--windows", type=int, default=32, help="of evaluation text")
+    parser.add_argument("--windows", type=int, default=32, help="of evaluation text, which has 232")
     parser.add_argument("--record", type=Path, default=Path("outputs/contrast.jsonl"), help="each score is appended")
-    parser.add_argument("--ternary", action="store_true", help="only ternary and int2 weights")
     parser.add_argument("--print", action="store_true", help="leave docs/contrast.md as it is")
+    return parser
+
+
+def command(args: argparse.Namespace) -> str:
+    """The shortest command that measures the same; where its figures go is left out."""
+    usual = arguments()
+    said = {k: v for k, v in vars(args).items() if k not in ("record", "print") and v != usual.get_default(k)}
+    return " ".join(["python benchmarks/contrast.py", *(f"--{k} {v}" for k, v in said.items())])
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = arguments()
     args = parser.parse_args()
     args.record.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(args.first, args.first + args.seeds):
-        (ternary if args.ternary else run)(Bench(args, seed))
-    records = contrast_table.read(args.record)
+    said = f"`{command(args)}`; {machine(torch.get_num_threads())}"
+    try:
+        for seed in range(args.first, args.first + args.seeds):
+            ARMS[args.arms](Bench(args, seed, said))
+        records = contrast_table.read(args.record)
+    except UserError as error:
+        parser.error(str(error))
     print(contrast_table.tables(records))
     if not args.print:
-        text = " ".join((__doc__ or "").split("\n\n")[2].split())
-        contrast_table.write(f"{text}\n\n{COMMANDS} {machine(torch.get_num_threads())}.", records)
+        contrast_table.write(" ".join((__doc__ or "").split("\n\n")[2].split()), records)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,18 @@ HEAD = (
 )
 # Student's t, two-sided 95%, of 1 to 9 degrees of freedom; above that 2.23 is never too small
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-Record = dict[str, Any]  # settings, seed, runtime, arm, torch (nats), nll (nats of each window in the runtime)
+# settings; said (command and machine); seed; runtime; arm; torch (nats); nll (nats of each window in the runtime)
+Record = dict[str, Any]
 
 
 def read(file: Path) -> list[Record]:
-    """The lines of a record. Raises UserError if there are none."""
+    """The lines of a record. Raises UserError if there are none, or some that do not say how they were measured."""
     if not file.is_file():
         raise UserError(f"{file} does not exist: nothing was scored; give --seeds 1 or more, or another --record")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if any("said" not in r for r in records):
+        raise UserError(f"{file} is of an earlier program, which kept no commands; give another --record")
+    return records
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -73,9 +77,13 @@ def table(records: list[Record]) -> str:
 
 
 def tables(records: list[Record]) -> str:
-    """A table for each kind of run, which are never compared with each other."""
-    kinds = dict.fromkeys(r["settings"] for r in records)
-    return "\n\n".join(f"{kind}:\n\n{table([r for r in records if r['settings'] == kind])}" for kind in kinds)
+    """A table for each kind of run, which are never compared with each other, under the commands that measured it."""
+    found = []
+    for kind in dict.fromkeys(r["settings"] for r in records):
+        ours = [r for r in records if r["settings"] == kind]
+        said = "\n".join(f"- {command}" for command in dict.fromkeys(r["said"] for r in ours))
+        found.append(f"{kind}:\n{said}\n\n{table(ours)}")
+    return "\n\n".join(found)
 
 
 def write(about: str, records: list[Record]) -> None:

@@ -1,11 +1,12 @@
-"""What was trained against what the runtime computes, for every target of configs/target: prints and writes a table.
+"""What was trained against what the runtime computes, for every target and variant: prints and writes a table.
 
-    python benchmarks/parity.py                       # all targets, into docs/parity.md
-    python benchmarks/parity.py llama_cpp             # this one, printed
+    python benchmarks/parity.py                       # all targets and variants, into docs/parity.md
+    python benchmarks/parity.py llama_cpp mlx@2bit    # these, printed
     python benchmarks/parity.py llama_cpp --write     # and its rows replace those in docs/parity.md
 
 Each scheme is put on the embedded models (round-to-nearest: parity does not depend on training) and on random Llamas
-with norms that are not 1, exported, read back and run in the real runtime. docs/parity.md says what the columns mean.
+with norms that are not 1, exported, read back and run in the real runtime. docs/parity.md says what the columns mean;
+what there is to be measured is in parity_variants.py.
 """
 
 import argparse
@@ -21,12 +22,11 @@ from typing import Any
 
 import parity_table as table
 import torch
-from hydra.utils import instantiate
 from machine import machine
-from omegaconf import OmegaConf
-from parity_causes import as_transformers, cause
+from parity_causes import cause, known, within
 from parity_spread import others, spreads, step
 from parity_subjects import RANDOM, Subject, subjects
+from parity_variants import exports, models, scheme_of
 from torch import Tensor, nn
 
 import qat
@@ -35,7 +35,6 @@ from qat.conversion import calibrate
 from qat.errors import UserError, VerifyError
 from qat.exporters import export, runtime_of, target_module
 from qat.models.load import EMBEDDED
-from qat.recipes import CONFIGS
 from qat.verification import verify
 
 PROMPTS, GREEDY = 50, 64
@@ -72,10 +71,8 @@ def row(target: str, exporter: str, subject: Subject) -> table.Row:
 
 def figures(target: str, exporter: str, subject: Subject) -> list[str]:
     """The cells of a row. Raises UserError where the target refuses the model, VerifyError where its runtime fails."""
-    composed: Any = OmegaConf.load(CONFIGS / "target" / f"{target}.yaml")
-    name = next(d["override /scheme"] for d in composed.defaults if "override /scheme" in d)
-    scheme = instantiate(OmegaConf.load(CONFIGS / "scheme" / f"{name}.yaml"), _convert_="all")
-    simulated = {k: v for k, v in {**scheme, **composed.get("scheme", {})}.items() if k != "rules"}
+    scheme = scheme_of(target)
+    simulated = {k: v for k, v in scheme.items() if k != "rules"}
     module = target_module(exporter)
     model = copy.deepcopy(subject.model)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "name": subject.name}
@@ -107,7 +104,7 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
     there = evaluation.figures({**answers, "nll": -got["score"]})["perplexity"]
     errors = [(got["logprobs"][:PROMPTS] - w).abs().amax(-1) / largest for w in (want, *found_apart["float64"])]
     rounded = any(rule.scheme is not None and rule.scheme.input is not None for rule in scheme["rules"])
-    half = exporter in ("awq", "gptq")
+    half = exporter in ("awq", "gptq", "gptq_v1")
     text_cell, text_equal = greedy(got["logprobs"][PROMPTS:], text[12:], net, prefixes)
     unit = step(want, largest)
     bound = apart["float64"] + unit
@@ -115,9 +112,10 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
     missed = table.misses(
         equal=equal, error=error, spread=bound, rounded=rounded, half=half, ratio=there / trained, text=text_equal
     )
-    theirs = None
-    if other := as_transformers(net, target, runtime):
-        theirs = (got["logprobs"][:PROMPTS] - last(other, prompts)[0]).abs().amax(-1) / largest
+    simulated = None
+    if missed != "none" and (otherwise := known(target, runtime)):
+        theirs = last(otherwise[0](net), prompts)[0]
+        simulated = otherwise[1], (got["logprobs"][:PROMPTS] - theirs).abs().amax(-1) / largest
     return [
         missed,
         held if equal else f"**NO** {found.differences[0]}",
@@ -129,13 +127,8 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
         text_cell,
         got["version"],
         str(date.today()),
-        cause(target, exporter, missed, theirs, error, max(apart.values()) + unit),
+        cause(target, exporter, missed, simulated, error, max(apart.values()) + unit),
     ]
-
-
-def within(error: Tensor) -> float:
-    """The share of prompts that are within the bound of float activations."""
-    return float((error <= table.FLOAT).float().mean())
 
 
 def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) -> tuple[str, bool]:
@@ -159,13 +152,14 @@ def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) ->
     return f"{first}, margin {here:.1e}, spread {spread:.1e}", float(here) <= spread
 
 
-def targets(chosen: list[str]) -> list[tuple[str, str]]:
-    """(target, export) of every YAML of configs/target that exports a language model."""
-    found: list[tuple[str, str]] = []
-    for file in sorted((CONFIGS / "target").glob("*.yaml")):
-        config: Any = OmegaConf.load(file)
-        found += [(file.stem, name) for name in config.export if not chosen or file.stem in chosen]
-    return found
+def rows(targets: list[str], names: list[str]) -> list[tuple[str, str, str]]:
+    """The keys (target, exporter, model) of the rows of these targets and models, in the table's order."""
+    return [
+        (target, exporter, name)
+        for target, exporter in exports()
+        for name in models(target, exporter)
+        if target in targets and name in names
+    ]
 
 
 def _start(names: list[str]) -> None:
@@ -189,16 +183,17 @@ def measured(keys: list[tuple[str, str, str]], jobs: int) -> Iterator[tuple[tabl
 
 
 def main() -> None:
-    models = [*EMBEDDED, *RANDOM]
+    subject_names, known = [*EMBEDDED, *RANDOM], list(dict.fromkeys(target for target, _ in exports()))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("targets", nargs="*", help="names of configs/target (default: all, into docs/parity.md)")
-    parser.add_argument("--models", nargs="+", choices=models, default=models)
+    parser.add_argument("targets", nargs="*", help="of configs/target, or variants (default: all, into docs/parity.md)")
+    parser.add_argument("--models", nargs="+", choices=subject_names, default=subject_names)
     parser.add_argument("--write", action="store_true", help="replace these rows of docs/parity.md")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default 2)")
     args = parser.parse_args()
-    keys = [(*pair, name) for pair in targets(args.targets) for name in args.models]
+    if unknown := set(args.targets) - set(known):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    keys, order = rows(args.targets or known, args.models), rows(known, subject_names)
     print(machine(args.jobs), table.line(table.COLUMNS), "|" + "---|" * len(table.COLUMNS), sep="\n", flush=True)
-    order = [(*pair, name) for pair in targets([]) for name in models]
     since = time.monotonic()
     for found, seconds in measured(keys, args.jobs):
         print(table.line(found.cells), found.reason, f"{seconds:.1f} s", flush=True)

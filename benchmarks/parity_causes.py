@@ -1,24 +1,30 @@
-"""Why a row of the parity table misses a bound: causes that were traced, and the one that a run can measure itself."""
+"""Why a row of the parity table misses a bound: causes that were traced, and those that a run can measure itself."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
+from machine import has_vnni, info
 from parity_table import FLOAT, SHARE
 from torch import Tensor, nn
+
+from qat.modules.base import QuantLayer
 
 NOISE = "the median is within the bound of float activations, 2e-6, but above the float64 spread"
 LAST_BIT = "about half of the prompts flip a code, so the median is chance; the simulation is further from itself"
 CAUSES = {
     "gguf": "llama.cpp rounds activations to 8 bits; this scheme trains none",
-    "hf": "transformers divides tokens by max / 127.5, vLLM (which the scheme simulates) by max / 127",
     "awq": "gptqmodel multiplies code and scale in float16",
     "gptq": "gptqmodel multiplies code and scale in float16",
 }
+FORMULA = "transformers divides tokens by max / 127.5, vLLM (which the scheme simulates) by max / 127"
+SATURATED = "vLLM's int8 kernel (oneDNN) saturates the sum of two products at 16 bits where a processor has no VNNI"
 TRACED = {
     ("portable_int4", "gguf"),
     ("portable_int8", "gguf"),
-    ("vllm_w8a8", "hf"),
     ("awq_int4", "awq"),
     ("gptq_int4", "gptq"),
     ("gptq_int4_asymmetric", "gptq"),
@@ -26,11 +32,8 @@ TRACED = {
 }
 
 
-def as_transformers(net: Any, target: str, runtime: str) -> nn.Module | None:
-    """The simulation with the formula by which transformers rounds tokens in place of vLLM's, where a target asks
-    for vLLM's and its folder is run in transformers; None elsewhere."""
-    if runtime != "transformers_folder" or target != "vllm_w8a8":
-        return None
+def as_transformers(net: Any) -> nn.Module:
+    """The simulation with the formula by which transformers rounds tokens in place of vLLM's."""
     other = copy.deepcopy(net)
     for module in other.modules():
         if (taken := getattr(module, "input_quantizer", None)) is not None:
@@ -38,17 +41,62 @@ def as_transformers(net: Any, target: str, runtime: str) -> nn.Module | None:
     return other
 
 
-def cause(target: str, exporter: str, missed: str, theirs: Tensor | None, error: Tensor, widest: float) -> str:
+def saturating(net: Any) -> nn.Module:
+    """The simulation with `saturating_linear` wherever inputs are quantized."""
+    other = copy.deepcopy(net)
+    for module in other.modules():
+        if isinstance(module, QuantLayer) and module.input_quantizer is not None:
+            module.forward = partial(saturating_linear, module)
+    return other
+
+
+@torch.no_grad()
+def saturating_linear(layer: QuantLayer, x: Tensor) -> Tensor:
+    """x (..., in) -> (..., out) by int8 codes without zero points, as x86 has it without VNNI: inputs are shifted by
+    128, and the products of two neighbours added in 16 bits (vpmaddubsw)."""
+    assert layer.input_quantizer is not None
+    assert layer.weight_quantizer is not None
+    given = layer.input_quantizer.quantize(x.reshape(-1, x.shape[-1]))
+    weight = layer.weight_quantizer.quantize(layer.weight)
+    codes = weight.codes.int()
+    products = (given.codes.int() + 128)[:, None] * codes  # [rows, out, in]
+    pairs = products.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1)
+    out = (pairs.sum(-1) - 128 * codes.sum(-1)).float() * given.scale * weight.scale.float().t()
+    out = out if layer.bias is None else out + layer.bias
+    return out.reshape(*x.shape[:-1], -1)
+
+
+def known(target: str, runtime: str) -> tuple[Callable[[Any], nn.Module], str] | None:
+    """What the runtime of a target is known to compute otherwise than the scheme: how to simulate that, and what it
+    is; None where there is nothing."""
+    if target == "vllm_w8a8" and runtime == "transformers_folder":
+        return as_transformers, FORMULA
+    if target in ("vllm_w8a8", "vllm_w8a8_static") and runtime == "vllm" and not has_vnni(info()):
+        return saturating, SATURATED
+    return None
+
+
+def cause(
+    target: str, exporter: str, missed: str, simulated: tuple[str, Tensor] | None, error: Tensor, widest: float
+) -> str:
     """The cell of a row; empty where nothing is missed.
 
-    theirs: errors [prompts] of `as_transformers`. error: those of the simulation; widest: its widest spread.
+    simulated: what `known` says, and the errors [prompts] with that. error: those of the scheme; widest: its widest
+    spread.
     """
     if missed == "none":
         return ""
-    if (target, exporter) in TRACED and (exporter != "hf" or theirs is not None):
-        figure = "" if theirs is None else f"; with that formula simulated the largest error is {theirs.max():.1e}"
-        return CAUSES[exporter] + figure
-    if missed == "**logits**" and float((error <= FLOAT).float().mean()) >= SHARE and float(error.median()) <= FLOAT:
+    if simulated is not None:
+        what, left = simulated
+        return f"{what}; with that simulated the median error is {left.median():.1e}, {within(left):.0%} within 2e-6"
+    if (target, exporter) in TRACED:
+        return CAUSES[exporter]
+    half = within(error) >= SHARE
+    if missed == "**logits**" and half and float(error.median()) <= FLOAT:
         return NOISE
-    within = float((error <= FLOAT).float().mean()) >= SHARE and float(error.median()) <= widest
-    return LAST_BIT if missed == "**logits**" and within else "not traced"
+    return LAST_BIT if missed == "**logits**" and half and float(error.median()) <= widest else "not traced"
+
+
+def within(error: Tensor) -> float:
+    """The share of prompts that are within the bound of float activations."""
+    return float((error <= FLOAT).float().mean())

@@ -23,7 +23,8 @@ def records(differences: list[float], jitter: float = 0.0) -> list[table.Record]
         other = level + difference + noise
         runs = [("wrong", other)] if seed == len(differences) else [("right", level), ("wrong", other)]
         for arm, nll in runs:
-            found.append({"settings": "s", "seed": seed, "runtime": "r", "arm": arm, "torch": 3.0, "nll": nll.tolist()})
+            line = {"settings": "s", "said": "`c`", "seed": seed, "runtime": "r", "arm": arm}
+            found.append({**line, "torch": 3.0, "nll": nll.tolist()})
     return found
 
 
@@ -62,14 +63,19 @@ def test_interval_is_that_of_scipy() -> None:
         assert exact * (1 - 1e-3) <= half <= exact * (1.001 if n <= 10 else 1.12)
 
 
-def test_runs_with_other_settings_have_a_table_of_their_own() -> None:
+def test_runs_with_other_settings_have_a_table_of_their_own_under_their_commands() -> None:
     few, many = records([0.010, 0.012]), [{**r, "settings": "t"} for r in records([0.5, 0.6, 0.7])]
-    assert table.tables([*few, *many]) == f"s:\n\n{table.table(few)}\n\nt:\n\n{table.table(many)}"
+    more = [{**r, "settings": "t", "said": "`d`; a machine", "seed": r["seed"] + 9} for r in records([0.5])]
+    want = f"s:\n- `c`\n\n{table.table(few)}\n\nt:\n- `c`\n- `d`; a machine\n\n{table.table([*many, *more])}"
+    assert table.tables([*few, *many, *more]) == want
 
 
-def test_record_is_read_and_a_missing_one_refused(tmp_path: Path) -> None:
+def test_record_is_read_and_a_missing_or_older_one_refused(tmp_path: Path) -> None:
     file = tmp_path / "record.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in records([0.1])), encoding="utf-8")
     assert table.read(file) == records([0.1])
     with pytest.raises(UserError, match="does not exist"):
         table.read(tmp_path / "none.jsonl")
+    file.write_text(json.dumps({"settings": "s", "seed": 0}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="kept no commands"):
+        table.read(file)

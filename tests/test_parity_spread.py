@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from parity_causes import LAST_BIT, as_transformers, cause
+from parity_causes import FORMULA, LAST_BIT, SATURATED, as_transformers, cause, known, saturating
 from parity_spread import moved, others, reordered, spreads, step
 
 import qat
@@ -73,12 +73,38 @@ def test_causes(target: str, exporter: str, missed: str, said: str) -> None:
 
 def test_the_formula_of_transformers_takes_vllms_place() -> None:
     model = net()
-    other = as_transformers(model, "vllm_w8a8", "transformers_folder")
-    assert other is not None
+    other = as_transformers(model)
     x = torch.tensor([[-1.0, 0.5, 127.0]])
     assert other[0].input_quantizer.qparams(x).scale.item() == pytest.approx(127 / 127.5)  # type: ignore[index]
     assert model[0].input_quantizer.qparams(x).scale.item() == 1.0  # type: ignore[union-attr]
-    assert as_transformers(model, "vllm_w8a8_static", "transformers_folder") is None
-    assert as_transformers(model, "vllm_w8a8", "vllm") is None
+
+
+def test_without_vnni_pairs_of_products_saturate() -> None:
+    """Weights and inputs at their largest: 255 * 127 + 255 * 127 is kept as 32767, and no sum changes at half of it."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=True))
+    scheme = qat.Scheme(weight=qat.QuantSpec(qtype="int8", scale="float32"), input=TOKEN)
+    qat.prepare(model, [qat.Rule(scheme=scheme)])
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[127.0, 127.0, 127.0, 127.0]]))  # type: ignore[union-attr]
+        model[0].bias.fill_(1.0)  # type: ignore[union-attr]
+        x = torch.tensor([[[127.0, 127.0, 127.0, 127.0], [127.0, -127.0, -127.0, 127.0]]])
+        assert saturating(model)(x).flatten().tolist() == [2 * 32767 - 4 * 128 * 127 + 1, 1.0]
+        assert model(x).flatten().tolist() == [4 * 127 * 127 + 1, 1.0]
+        other, x = net()[:1], torch.rand(5, 256)  # type: ignore[misc]
+        other[0].weight[:, 0] = 2 * other[0].weight.abs().amax()  # codes 127, of inputs -127; the others half
+        x[:, 0] = -1.0
+        torch.testing.assert_close(saturating(other)(x), other(x))
+
+
+def test_what_is_known_of_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parity_causes.info", lambda: "flags: avx2")
+    said = known("vllm_w8a8", "transformers_folder"), known("vllm_w8a8", "vllm"), known("vllm_w8a8_static", "vllm")
+    assert [found and found[1] for found in said] == [FORMULA, SATURATED, SATURATED]
+    assert known("vllm_w8a8_static", "transformers_folder") is None
+    assert known("vllm_w4a8", "vllm") is None
+    monkeypatch.setattr("parity_causes.info", lambda: "flags: avx2 avx_vnni")
+    assert known("vllm_w8a8", "vllm") is None
+    x = torch.tensor([3e-7])
     assert cause("vllm_w8a8", "hf", "**greedy**", None, x, 1.0) == "not traced"
-    assert "largest error is 3.0e-07" in cause("vllm_w8a8", "hf", "**logits**", torch.tensor([3e-7]), x, 1.0)
+    assert "error is 3.0e-07, 100% within" in cause("vllm_w8a8", "hf", "**logits**", (FORMULA, x), x, 1.0)
+    assert cause("vllm_w8a8", "hf", "none", (FORMULA, x), x, 1.0) == ""

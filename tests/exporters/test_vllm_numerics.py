@@ -7,6 +7,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from parity_causes import known
 from parity_spread import others, spreads, step
 from tiny_text_models import VOCAB, tiny
 from torch import Tensor, nn
@@ -47,13 +48,16 @@ def logits(net: Any, prompts: list[list[int]]) -> Tensor:
 def test_log_probabilities_equal_vllms(scheme: str, kind: str, tmp_path: Path) -> None:
     """Int8 activations are chaotic at the last bit, so as for llama.cpp: a third of the prompts within 2e-6 of the
     largest logit, and the median no further than valid evaluations of the simulation are from each other, by more than
-    a float32 step of a log-probability. Without the inputs' rounding no prompt comes near."""
+    a float32 step of a log-probability. Without the inputs' rounding no prompt comes near. On a processor without VNNI
+    vLLM's int8 sums saturate: there it is the simulation of that which is held to the same bounds."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(2, VOCAB, (8 + i % 5,), generator=generator).tolist() for i in range(50)]
     net: Any = prepared(scheme, kind, prompts)
-    raw = logits(net, prompts)
+    computed: Any = otherwise[0](net) if (otherwise := known(f"vllm_{scheme}", "vllm")) else net
+    raw = logits(computed, prompts)
     want, largest = raw.log_softmax(-1), raw.abs().max().item()
-    apart = spreads(want, others(net, lambda n: logits(n, prompts).log_softmax(-1)), largest)
+    exact = logits(net, prompts).log_softmax(-1)
+    apart = spreads(exact, others(net, lambda n: logits(n, prompts).log_softmax(-1)), largest)
     path = export(qat.convert(net, config=net.config.to_dict()), "hf", tmp_path / "out")
     assert runtime_of("hf", path) == "vllm"
     ids = torch.tensor([p[:8] for p in prompts])
@@ -67,7 +71,7 @@ def test_log_probabilities_equal_vllms(scheme: str, kind: str, tmp_path: Path) -
     assert (error < 2e-6).float().mean() >= 1 / 3
     assert error.median() <= max(apart.values()) + step(want, largest)
     with torch.no_grad():
-        scored = net(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        scored = computed(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     assert ((got["score"] - scored).abs() / largest < 2e-6).float().mean() >= 1 / 3
     for module in net.modules():
         if getattr(module, "input_quantizer", None) is not None:
