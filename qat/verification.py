@@ -121,7 +121,7 @@ def _against(
 def _headers(
     path: Path, written: Frozen, module: ModuleType | None, frozen: Frozen, base: Path, *, whole: bool
 ) -> list[str]:
-    """Configuration or metadata against what the same exporter would write now; whole: and nothing else."""
+    """Configuration, metadata or graph against what the same exporter would write now; whole: and nothing else."""
     kind, of = written.config.get("model_type"), _kind(base)
     told_apart = module is not gguf and of != "gguf"
     if not told_apart and isinstance(kind, str) and same_model(kind, frozen.config.get("model_type")):
@@ -133,8 +133,10 @@ def _headers(
         found = comparison.metadata(*(_untokenized(gguf.read_header(f)) for f in files))
         why = tokenizer_difference(*files)
         return [*found, why] if why else found
-    have = getattr(module, "read_header", read_config)(path)
     now = replace(written, config=frozen.config, tokenizer=frozen.tokenizer, ties=frozen.ties)
+    if hasattr(module, "compare_header"):
+        return _graph(path, written, module, now, of_gguf=of == "gguf", whole=whole)
+    have = getattr(module, "read_header", read_config)(path)
     if module is gguf and (not comparison.is_our_metadata(have) or "tokenizer.json" not in frozen.tokenizer):
         now, have = replace(now, tokenizer={}), _untokenized(have)
     try:
@@ -144,6 +146,19 @@ def _headers(
     if module is gguf:
         return comparison.metadata(have, want)
     return comparison.config(have, want, whole=whole, exact=comparison.is_our_config(have) or is_ours(base))
+
+
+def _graph(path: Path, written: Frozen, module: ModuleType, now: Frozen, *, of_gguf: bool, whole: bool) -> list[str]:
+    """The file's graph against that of `now`, and the configuration that it keeps. of_gguf: that of `now` is GGUF
+    metadata, which say less than a graph needs; the file's own configuration says the rest."""
+    found = comparison.config(written.config, now.config, whole=whole)
+    if of_gguf:
+        told = {k: v for k, v in now.config.items() if k != "max_position_embeddings"}  # as comparison.config
+        now = replace(now, config={**written.config, **told})
+    try:
+        return [*found, *module.compare_header(path, module.header(now))]
+    except UserError as why:  # it could not have been written
+        return [*found, str(why)]
 
 
 def _untokenized(metadata: dict[str, Any]) -> dict[str, Any]:

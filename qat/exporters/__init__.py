@@ -5,8 +5,8 @@ one file with those four names, and a YAML in configs/target. `missing_runtime`,
 `refuse_scheme` (a weight and its layer's input), `refuse_together` (all weights), `refuse_values` (the very scales of
 one), `KV_CACHES` and `GELUS` (of training's, what its runtime computes), `stored_dtype` (of unquantized parameters),
 `runtime` (another than RUNTIME for some of its files), `as_held` (a Frozen as the file can say it), `header`
-(config.json or metadata, for `verify`), `caveats`, and `UNREADABLE` (why its file cannot be read back) are for targets
-that have something to say there.
+(config.json, metadata or graph, for `verify`), `compare_header` (how a file's differs from it, where it is no JSON),
+`caveats`, and `UNREADABLE` (why its file cannot be read back) are for targets that have something to say there.
 """
 
 from importlib import import_module

@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from qat.errors import UserError, understood
-from qat.exporters import onnx_sequential, onnx_text
+from qat.exporters import onnx_compare, onnx_sequential, onnx_text
 from qat.exporters.onnx_graph import METADATA
 from qat.exporters.onnx_read import read_sequential
 from qat.exporters.onnx_text_read import read_text
@@ -65,10 +65,35 @@ def export(frozen: Frozen, path: Path) -> None:
         (path / name).write_bytes(content)
 
 
+def header(frozen: Frozen) -> onnx.ModelProto:
+    """The graph that `export` writes of `frozen`; a language model's parameters have no data in it.
+
+    Raises UserError for a model that has no graph.
+    """
+    try:
+        return _kind(frozen.config).header(frozen)
+    except KeyError as e:
+        raise UserError(f"the graph of the model needs {e}, which is missing") from e
+
+
+def compare_header(path: Path, want: onnx.ModelProto) -> list[str]:
+    """The first thing in which the graph of a file (or of a folder with it) is not `want`, in one sentence.
+
+    Raises anything (see reading.py) if the file is damaged.
+    """
+    file = _file(path)
+    with understood(file):  # external data stay where they are: of parameters only shapes are compared
+        return onnx_compare.difference(onnx.load(str(file), load_external_data=False), want, file.parent)
+
+
+def _file(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
+
+
 def read(path: Path) -> Frozen:
     """The file (or a folder with it) -> codes, scales, zero points, floats and tokenizer. Raises VerifyError for a
     graph that computes something else, and anything (see reading.py) if the file is damaged."""
-    file = path / FILE if path.is_dir() else path
+    file = _file(path)
     with understood(file):
         onnx.checker.check_model(str(file))
         model = onnx.load(str(file))

@@ -26,8 +26,13 @@ class GraphBase:
         return made[0]
 
     def constant(self, name: str, value: Tensor | np.ndarray) -> str:
-        """An initializer; of the first value that the name is given."""
-        if name not in self.constants:
+        """An initializer; of the first value that the name is given. One of `Frozen.blank` has no data."""
+        if name in self.constants:
+            return name
+        if isinstance(value, Tensor) and value.is_meta:
+            kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=value.dtype).numpy().dtype)
+            self.constants[name] = TensorProto(name=name, dims=value.shape, data_type=kind)
+        else:
             array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else value
             self.constants[name] = numpy_helper.from_array(array, name)
         return name

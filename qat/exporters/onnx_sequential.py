@@ -36,9 +36,17 @@ def refuse_parameter(
 
 
 def export(frozen: Frozen, path: Path) -> None:
-    """Write `path`. Input "x": float32 [N, *config["input_shape"]]; output "logits".
+    """Write `path`. Raises UserError as `header` does."""
+    model = header(frozen)
+    onnx.checker.check_model(model, full_check=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
-    Raises UserError for a bias that is not on its int32 grid.
+
+def header(frozen: Frozen) -> onnx.ModelProto:
+    """The whole model: weights are few here. Input "x": float32 [N, *config["input_shape"]]; output "logits".
+
+    Raises UserError for a layer without ONNX form or a bias that is not on its int32 grid, and KeyError for what
+    `frozen` lacks.
     """
     layers: list[Layer] = frozen.config["layers"]
     graph = Graph(frozen)
@@ -49,9 +57,7 @@ def export(frozen: Frozen, path: Path) -> None:
         fused = layer["kind"] not in COMMUTING and i + 1 < len(layers) and layers[i + 1]["kind"] == "ReLU"
         if not (fused and _relu_is_clipping(coming)):
             x = graph.quantize(x, coming)
-    model = graph.model(x, OPSET, IR_VERSION)
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    return graph.model(x, OPSET, IR_VERSION)
 
 
 def _coming(frozen: Frozen, layers: list[Layer]) -> tuple[str, FrozenInput] | None:

@@ -69,11 +69,7 @@ def export(frozen: Frozen, path: Path) -> None:
     for name in frozen.floats:
         if why := refuse_parameter(name, "", (), None, frozen.config):
             raise UserError(f"export to onnx: {name}: {why}")
-    family = FAMILIES[frozen.config["model_type"]]
-    graph = TextGraph(frozen)
-    logits = family.build(graph, frozen.config)
-    graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits"))
-    model = _model(graph, frozen, family)
+    graph, model = _built(frozen)
     size = 0
     for name in list(graph.constants):  # one message has to hold them all: it gets each as the graph gives it up
         tensor = graph.constants.pop(name)
@@ -86,6 +82,27 @@ def export(frozen: Frozen, path: Path) -> None:
         onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=4096)
     del model  # the check reads it again
     onnx.checker.check_model(str(path))
+
+
+def header(frozen: Frozen) -> onnx.ModelProto:
+    """What `export` writes of `frozen`, its parameters without data.
+
+    Raises UserError for a model that has no graph, and KeyError for what `frozen` lacks of it.
+    """
+    if why := refuse_model(frozen.config):
+        raise UserError(f"export to onnx: {why}")
+    graph, model = _built(frozen.blank())
+    model.graph.initializer.extend(graph.constants.values())
+    return model
+
+
+def _built(frozen: Frozen) -> tuple[TextGraph, onnx.ModelProto]:
+    """The graph with its initializers, and the model made of it, which has none yet."""
+    family = FAMILIES[frozen.config["model_type"]]
+    graph = TextGraph(frozen)
+    logits = family.build(graph, frozen.config)
+    graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits"))
+    return graph, _model(graph, frozen, family)
 
 
 def _model(graph: TextGraph, frozen: Frozen, family: ModuleType) -> onnx.ModelProto:
