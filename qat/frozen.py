@@ -19,7 +19,9 @@ from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError, understood
 from qat.files import atomic_folder, read_manifest, write_manifest
 from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
-from qat.streams import Later, info, raw, read, stored, write
+from qat.streams import Later, info, raw, stored, write
+
+_PARTS = ("codes", "scale", "offset")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Frozen:
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     tokenizer: dict[str, bytes] = field(default_factory=dict[str, bytes])
     _checked: tuple[Mapping[str, str], object, object] = field(
-        default=({}, None, None), init=False, repr=False, compare=False
+        default=({}, None, None), repr=False, compare=False
     )  # digests that `load` has checked, and the weights and floats that they are of
 
     def schemes(self) -> dict[str, Scheme]:
@@ -79,7 +81,7 @@ class Frozen:
         """Every tensor, one at a time: floats, `NAME.codes|scale|offset`, and `MODULE.input.scale|offset`."""
         yield from self.floats.items()
         for name, w in self.weights.items():
-            yield from _flat(name, {"codes": w.tensor.codes, "scale": w.tensor.scale, "offset": w.tensor.offset})
+            yield from _flat(name, {part: getattr(w.tensor, part) for part in _PARTS})
         for name, i in self.inputs.items():
             yield from _flat(f"{name}.input", {"scale": i.scale, "offset": i.offset})
 
@@ -91,8 +93,9 @@ class Frozen:
     def digests(self) -> dict[str, str]:
         """SHA-256 of every tensor's dtype, shape and bytes; those that `load` has checked are not computed again."""
         known, weights, floats = self._checked
-        same = weights is self.weights and floats is self.floats
-        return dict(known) if same else {name: digest(t) for name, t in self.tensors()}
+        still = set(self.floats) if floats is self.floats else set[str]()
+        still |= {f"{n}.{part}" for n in self.weights for part in _PARTS} if weights is self.weights else set()
+        return {name: known[name] if name in still else digest(t) for name, t in self.tensors()}
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The float model's parameters, quantized ones dequantized; aliases included."""
@@ -129,15 +132,13 @@ class Frozen:
 
 def open_frozen(path: Path) -> Frozen:
     """What `Frozen.load` returns, unchecked: for a folder that this process has just written."""
-    file = path / "tensors.safetensors"
-    tensors = stored(file)
+    tensors = stored(path / "tensors.safetensors")
     meta = json.loads((path / "frozen.json").read_text())
     specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
 
     def weight(name: str) -> FrozenWeight:
-        entry, parts = meta["weights"][name], [f"{name}.codes", f"{name}.scale", f"{name}.offset"]
-        codes, scale, *offset = read(file, parts if parts[2] in tensors else parts[:2])
-        q = QTensor(codes, scale, offset[0] if offset else None, specs[name])
+        entry = meta["weights"][name]
+        q = QTensor(tensors[f"{name}.codes"], tensors[f"{name}.scale"], tensors.get(f"{name}.offset"), specs[name])
         return FrozenWeight(q, entry["kind"], tuple(entry["shape"]))
 
     def part(name: str) -> Tensor | None:
