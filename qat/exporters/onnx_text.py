@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from qat.errors import UserError
 from qat.exporters import onnx_bert, onnx_gpt2, onnx_int8, onnx_llama, onnx_nbits
 from qat.exporters.onnx_graph import METADATA
+from qat.exporters.onnx_stream import OnnxWriter
 from qat.exporters.onnx_text_graph import MICROSOFT, TextGraph
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec, Scheme
@@ -28,7 +29,6 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3": onnx_llama,
 }
 OPSET, IR_VERSION = 23, 11  # the first with Attention, RotaryEmbedding and RMSNormalization
-PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of one protobuf file; larger models keep their tensors in model.onnx.data
 
 
 def refuse_model(config: dict[str, Any]) -> str | None:
@@ -70,22 +70,16 @@ def export(frozen: Frozen, path: Path) -> None:
         if why := refuse_parameter(name, "", (), None, frozen.config):
             raise UserError(f"export to onnx: {name}: {why}")
     family = FAMILIES[frozen.config["model_type"]]
-    graph = TextGraph(frozen)
-    logits = family.build(graph, frozen.config)
-    graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits"))
-    model = _model(graph, frozen, family)
-    size = 0
-    for name in list(graph.constants):  # one message has to hold them all: it gets each as the graph gives it up
-        tensor = graph.constants.pop(name)
-        size += len(tensor.raw_data)
-        model.graph.initializer.append(tensor)
-        del tensor
-    if size < PROTOBUF_LIMIT:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-    else:
-        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=4096)
-    del model  # the check reads it again
+    graph = _built(TextGraph(frozen.blank()), family)  # first for nodes and shapes, then once more for the numbers
+    with OnnxWriter(path, _model(graph, frozen, family), graph.constants) as writer:
+        _built(TextGraph(frozen, writer.put), family)
     onnx.checker.check_model(str(path))
+
+
+def _built(graph: TextGraph, family: ModuleType) -> TextGraph:
+    logits = family.build(graph, graph.frozen.config)
+    graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits"))
+    return graph
 
 
 def _model(graph: TextGraph, frozen: Frozen, family: ModuleType) -> onnx.ModelProto:
