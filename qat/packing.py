@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+_AS_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the number of bytes
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Unsigned codes (R, C), each below 2**bits, -> int32 words (R, ceil(C * bits / 32)).
@@ -13,12 +15,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     rows, cols = codes.shape
     words = math.ceil(cols * bits / 32)
-    if 8 % bits == 0:  # whole codes in a byte: pack bytes, then read four of them as one word
+    if 8 % bits == 0:  # whole codes in a byte: one integer holds the codes of a byte, a byte each
         per = 8 // bits
-        c = _pad(codes.to(torch.uint8), words * 4 * per).reshape(rows, words * 4, per)
-        out = c[..., 0].clone()
-        for i in range(1, per):
-            out |= c[..., i] << (i * bits)
+        c = _pad(codes.to(torch.uint8), words * 4 * per).contiguous().view(_AS_WIDE[per])
+        out = c if per == 1 else c >> (8 - bits)
+        for i in range(2, per):
+            out |= c >> (i * (8 - bits))
+        out = out if per == 1 else (out | c).to(torch.uint8)  # the lowest byte; the others are left over
         return out.reshape(-1).view(torch.int32).reshape(rows, words)
     period = 32 // math.gcd(32, bits)  # codes after which the pattern of words repeats
     span = period * bits // 32
@@ -61,4 +64,4 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
 
 
 def _pad(x: Tensor, cols: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, cols - x.shape[1]))
+    return x if cols == x.shape[1] else torch.nn.functional.pad(x, (0, cols - x.shape[1]))

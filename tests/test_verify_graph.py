@@ -16,7 +16,7 @@ from torch import nn
 
 from qat import cli
 from qat.conversion import calibrate, convert, freeze_observers, prepare
-from qat.exporters import export, onnx_text
+from qat.exporters import export, onnx_stream
 from qat.exporters.onnx_int8 import TENSOR, TOKEN
 from qat.exporters.onnx_nbits import level_4
 from qat.exporters.onnx_text_graph import MASKED
@@ -204,7 +204,7 @@ def test_other_formats_tell_of_the_graph_too(root: Path, tmp_path: Path) -> None
 
 
 def test_data_beside_the_file(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_text, "PROTOBUF_LIMIT", 1)
+    monkeypatch.setattr(onnx_stream, "PROTOBUF_LIMIT", 1)
     frozen = Frozen.load(root / "llama/run/frozen")
     folder = export(frozen, "onnx", tmp_path / "onnx")
     assert (folder / "model.onnx.data").is_file()

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 from qat.errors import UserError
 from qat.exporters import onnx_bert, onnx_gpt2, onnx_int8, onnx_llama, onnx_nbits
 from qat.exporters.onnx_graph import METADATA
+from qat.exporters.onnx_stream import OnnxWriter
 from qat.exporters.onnx_text_graph import MICROSOFT, TextGraph
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec, Scheme
@@ -28,7 +29,6 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen3": onnx_llama,
 }
 OPSET, IR_VERSION = 23, 11  # the first with Attention, RotaryEmbedding and RMSNormalization
-PROTOBUF_LIMIT = 2**31 - 2**24  # bytes of one protobuf file; larger models keep their tensors in model.onnx.data
 
 
 def refuse_model(config: dict[str, Any]) -> str | None:
@@ -69,18 +69,12 @@ def export(frozen: Frozen, path: Path) -> None:
     for name in frozen.floats:
         if why := refuse_parameter(name, "", (), None, frozen.config):
             raise UserError(f"export to onnx: {name}: {why}")
-    graph, model = _built(frozen)
-    size = 0
-    for name in list(graph.constants):  # one message has to hold them all: it gets each as the graph gives it up
-        tensor = graph.constants.pop(name)
-        size += len(tensor.raw_data)
-        model.graph.initializer.append(tensor)
-        del tensor
-    if size < PROTOBUF_LIMIT:
-        path.write_bytes(model.SerializeToString(deterministic=True))
-    else:
-        onnx.save_model(model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=4096)
-    del model  # the check reads it again
+    family = FAMILIES[frozen.config["model_type"]]
+    first = header(frozen)  # nodes and shapes, then all once more for the numbers
+    infos = {t.name: TensorProto(name=t.name, dims=t.dims, data_type=t.data_type) for t in first.graph.initializer}
+    first.graph.ClearField("initializer")
+    with OnnxWriter(path, first, infos) as writer:
+        _built(TextGraph(frozen, writer.put), family)
     onnx.checker.check_model(str(path))
 
 
@@ -91,18 +85,17 @@ def header(frozen: Frozen) -> onnx.ModelProto:
     """
     if why := refuse_model(frozen.config):
         raise UserError(f"export to onnx: {why}")
-    graph, model = _built(frozen.blank())
+    family = FAMILIES[frozen.config["model_type"]]
+    graph = _built(TextGraph(frozen.blank()), family)
+    model = _model(graph, frozen, family)
     model.graph.initializer.extend(graph.constants.values())
     return model
 
 
-def _built(frozen: Frozen) -> tuple[TextGraph, onnx.ModelProto]:
-    """The graph with its initializers, and the model made of it, which has none yet."""
-    family = FAMILIES[frozen.config["model_type"]]
-    graph = TextGraph(frozen)
-    logits = family.build(graph, frozen.config)
+def _built(graph: TextGraph, family: ModuleType) -> TextGraph:
+    logits = family.build(graph, graph.frozen.config)
     graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits"))
-    return graph, _model(graph, frozen, family)
+    return graph
 
 
 def _model(graph: TextGraph, frozen: Frozen, family: ModuleType) -> onnx.ModelProto:

@@ -4,13 +4,18 @@ Every parameter is an initializer under its Hugging Face name (packed codes with
 them), and the node that consumes it carries its module's path; names with a slash are ours.
 """
 
+from collections.abc import Callable
+
 import numpy as np
+import torch
 from onnx import TensorProto
+from torch import Tensor
 
 from qat.exporters import onnx_int8
 from qat.exporters.hf_layout import CONV1D
 from qat.exporters.onnx_graph_base import GraphBase
 from qat.exporters.onnx_nbits import encode
+from qat.exporters.onnx_stream import announced
 from qat.frozen import Frozen, FrozenWeight
 
 MICROSOFT = "com.microsoft"
@@ -20,9 +25,21 @@ MASKED = float(np.finfo(np.float32).min)  # finite: a row of padding alone then 
 class TextGraph(GraphBase):
     """Grows from the inputs to "logits"; methods return the name of the tensor they made, [batch, sequence, …]."""
 
-    def __init__(self, frozen: Frozen) -> None:
+    def __init__(self, frozen: Frozen, put: Callable[[str, Tensor], None] | None = None) -> None:
+        """put: takes every initializer as it is made; `constants` then say names, types and shapes alone."""
         super().__init__(frozen)
+        self.put = put
         self.masks: dict[int | None, str] = {}
+
+    def constant(self, name: str, value: Tensor | np.ndarray) -> str:
+        """An initializer; of the first value that the name is given, which may have no storage."""
+        if self.put is None:
+            return super().constant(name, value)
+        if name not in self.constants:
+            tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
+            self.constants[name] = announced(name, tensor)
+            self.put(name, tensor)
+        return name
 
     def parameter(self, name: str) -> str:
         """An unquantized parameter, in float32."""

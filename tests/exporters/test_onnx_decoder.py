@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from qat.auditing import audit
 from qat.errors import UserError, VerifyError
-from qat.exporters import export, onnx_text, read_any
+from qat.exporters import export, onnx_stream, read_any
 from qat.exporters.onnx import FILE, read, refuse
 from qat.exporters.onnx_nbits import level_4
 from qat.runtimes import run
@@ -233,7 +233,7 @@ def test_damage_is_found(op: str, tmp_path: Path) -> None:
 
 
 def test_tensors_beyond_a_protobuf_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_text, "PROTOBUF_LIMIT", 50_000)
+    monkeypatch.setattr(onnx_stream, "PROTOBUF_LIMIT", 50_000)
     model, frozen = prepared("llama", rules(GRIDS["int4"]))
     folder = export(frozen, "onnx", tmp_path / "out")
     assert (folder / f"{FILE}.data").stat().st_size > 50_000
