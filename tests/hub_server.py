@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,31 @@ from urllib.parse import unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<file>.+)")
 API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?P<rest>/.*)?")
+
+# in a client's process: `asked` holds ["METHOD path", its timeouts in seconds] of every request that the hub's client
+# makes, and `heavy()` what was imported that takes seconds
+WATCH = """
+import sys
+from huggingface_hub.utils import get_session
+asked = []
+def note(request):
+    asked.append([f"{request.method} {request.url.path}", sorted({*request.extensions["timeout"].values()})])
+get_session().event_hooks["request"].append(note)
+def heavy():
+    return sorted({"torch", "pytorch_lightning", "transformers", "datasets"} & {*sys.modules})
+"""
+GUARD = 600  # seconds after which a process hangs; no test is about how long it takes
+
+
+def environment(url: str, home: Path) -> dict[str, str]:
+    """That of a client's process with this endpoint and this cache, and no proxy.
+
+    In the cache is what the client otherwise asks the hub for before anything else, for its own statistics.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    (home / ".agent_harnesses.json").write_text('{"harnesses": {}}')
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
+    return env | {"HF_ENDPOINT": url, "HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 class HubServer:

@@ -1,6 +1,6 @@
 """The lines of the result table as text, the same for the terminal and for report.html."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,11 @@ class Row:
     def unreadable(self) -> bool:
         """A compiled file, which is run but cannot be read back: neither verified nor failed."""
         return self.exported and "codes_equal" not in self.figures
+
+    @property
+    def caveats(self) -> Sequence[str]:
+        """What the runtime computes otherwise than training did, and what could not be compared, a sentence each."""
+        return self.figures.get("unchecked", [])
 
     def equal(self, what: str) -> str:
         """For `codes` or `weights`: yes, NO, or blank."""

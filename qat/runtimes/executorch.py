@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qat.errors import UserError, VerifyError
 from qat.runtimes import main
+from qat.runtimes.scoring import prompt_logprobs, window_score
 
 
 class _Program:
@@ -53,16 +54,12 @@ def score(path: Path, ids: Tensor) -> Tensor:
 
     Raises UserError if executorch is missing or T exceeds the cache, VerifyError if it cannot load the program.
     """
-    out = []
-    for row in ids:
-        logp = _program(path).logits(row.tolist())[:-1].log_softmax(-1)
-        out.append(logp.gather(-1, row[1:, None]).squeeze(-1))
-    return torch.stack(out)
+    return window_score(lambda rows: logits(path, rows), ids, tokens=1)  # the program takes one row
 
 
 def logprobs(path: Path, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities over the whole vocabulary after each prompt: float32 [n, V], nats. Raises as `score` does."""
-    return torch.stack([_program(path).logits(p)[-1].log_softmax(-1) for p in prompts])
+    return prompt_logprobs(lambda rows: logits(path, rows), prompts)
 
 
 def logits(path: Path, ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from qat.errors import UserError, VerifyError
 from qat.models.positions import refuse_longer
 from qat.runtimes import main
+from qat.runtimes.scoring import prompt_logprobs, window_score
 
 
 @cache
@@ -32,16 +33,12 @@ def _model(path: Path) -> Any:
         raise VerifyError(f"mlx-lm cannot load {path}: {str(e)[:300]}") from e
 
 
-def _logits(path: Path, rows: list[list[int]]) -> Tensor:
-    """Float32 (n, T, vocabulary) of rows of equal length."""
+def logits(path: Path, ids: Tensor) -> Tensor:
+    """Float32 logits [n, T, V] of int64 token ids [n, T]. Raises as `score` does."""
+    model = _model(path)
     import mlx.core as mx  # pyright: ignore[reportMissingImports]
 
-    return torch.from_numpy(np.array(_model(path)(mx.array(rows)).astype(mx.float32)))
-
-
-def logits(path: Path, ids: Tensor) -> Tensor:
-    """Float32 logits [n, T, V] of int64 token ids [n, T]."""
-    return _logits(path, ids.tolist())
+    return torch.from_numpy(np.array(model(mx.array(ids.tolist())).astype(mx.float32)))
 
 
 def score(path: Path, ids: Tensor) -> Tensor:
@@ -49,16 +46,12 @@ def score(path: Path, ids: Tensor) -> Tensor:
 
     Raises UserError if mlx-lm is missing, VerifyError if it cannot load the folder.
     """
-    out = []
-    for rows in ids.split(max(1, 2048 // ids.shape[1])):
-        logp = _logits(path, rows.tolist())[:, :-1].log_softmax(-1)
-        out.append(logp.gather(-1, rows[:, 1:, None]).squeeze(-1))
-    return torch.cat(out)
+    return window_score(lambda rows: logits(path, rows), ids)
 
 
 def logprobs(path: Path, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities over the whole vocabulary after each prompt: float32 [n, V], nats. Raises as `score` does."""
-    return torch.stack([_logits(path, [p])[0, -1].log_softmax(-1) for p in prompts])
+    return prompt_logprobs(lambda rows: logits(path, rows), prompts)
 
 
 def tokenize(path: Path, lines: list[str]) -> list[list[int]]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError, VerifyError
+from qat.models.positions import refuse_longer
 from qat.runtimes.ort import open_session
-
-TOKENS = 2048  # scored at a time
+from qat.runtimes.scoring import prompt_logprobs, window_score
 
 
 class Decoder:
@@ -79,18 +79,16 @@ def score(path: Path, ids: Tensor) -> Tensor:
 
     Raises UserError if onnxruntime is missing or the file is no language model, VerifyError if it cannot be loaded.
     """
-    out: list[Tensor] = []
-    for rows in ids.split(max(1, TOKENS // ids.shape[1])):
-        logits, _ = decoder(path).step(rows.numpy())
-        logp = torch.from_numpy(logits)[:, :-1].log_softmax(-1)
-        out.append(logp.gather(-1, rows[:, 1:, None]).squeeze(-1))
-    return torch.cat(out)
+    return window_score(lambda rows: _logits(path, rows), ids)
 
 
 def logprobs(path: Path, prompts: list[list[int]]) -> Tensor:
     """Log-probabilities over the whole vocabulary after each prompt: float32 [n, V], nats. Raises as `score` does."""
-    last = [decoder(path).step(np.array([p], np.int64))[0][0, -1] for p in prompts]
-    return torch.from_numpy(np.stack(last)).log_softmax(-1)
+    return prompt_logprobs(lambda rows: _logits(path, rows), prompts)
+
+
+def _logits(path: Path, ids: Tensor) -> Tensor:
+    return torch.from_numpy(decoder(path).step(ids.numpy())[0])
 
 
 def encode(path: Path, ids: Tensor) -> Tensor:
@@ -126,9 +124,5 @@ def complete(path: Path, request: str) -> str:
     ids = tokenizer.encode(body["prompt"], add_special_tokens=False).ids
     if not ids:
         raise UserError("the prompt is empty: give at least one character")
-    room = model.config.get("n_positions") or model.config.get("max_position_embeddings")
-    if room is not None and len(ids) + body["n_predict"] > room:
-        raise UserError(
-            f"{len(ids)} tokens of prompt and {body['n_predict']} new ones exceed the model's {room} positions"
-        )
+    refuse_longer("the prompt and the new tokens", len(ids) + body["n_predict"], model.config)
     return tokenizer.decode(model.generate(ids, body["n_predict"], body["temperature"], body["seed"]))

@@ -89,7 +89,7 @@ def browse(chromium: str, page: Path, profile: Path, view: str, action: str) -> 
     """What Chromium prints and its log. A new profile folder each time, so that no theme is remembered."""
     (width, height), extra = VIEWS[view]
     command = [chromium, *OPTIONS, *extra, f"--user-data-dir={profile}", f"--window-size={width},{height}", action]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 

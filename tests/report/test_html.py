@@ -86,6 +86,16 @@ def test_page_shows_the_figures_of_the_report(runs: dict[str, Path]) -> None:
     assert "A stand-in was used Asked for openai-community/gpt2" in summary
 
 
+def test_the_caveats_of_an_export_stand_under_the_results(runs: dict[str, Path]) -> None:
+    page = Page(render(runs["language"]))
+    assert len(page.named("dl", "caveats")) == 1
+    results = re.sub(r"\s+", " ", page.text["results"])
+    assert f"What the equality does not cover gguf{''.join(sample.CAVEATS)}" in results
+    quiet = Page(render(runs["classifier"]))
+    assert quiet.named("dl", "caveats") == []
+    assert "does not cover" not in quiet.text["results"]
+
+
 def test_every_layer_parameter_and_arm_is_on_the_page(runs: dict[str, Path]) -> None:
     report = sample.language_report()
     page = Page(render(runs["language"]))
