@@ -201,9 +201,8 @@ def _steps(y: Tensor, low: Tensor | float, high: Tensor | float, spec: QuantSpec
 def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     """x (R, C) -> tiled float32 codes."""
     y, low, high = quotients(x, qparams, spec)
-    if spec.offset != "zero_point":
+    if spec.offset != "zero_point" or qparams.offset is None:
         return _steps(y, low, high, spec)
-    assert qparams.offset is not None
     steps = round_to(y, spec.rounding, spec.type.qmin)  # clamped last, where the bounds are numbers: twice as fast
     return steps.add_(_spread(qparams.offset.float())).clamp_(spec.type.qmin, spec.type.qmax)
 
@@ -288,9 +287,8 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
     for i in range(0, x.shape[0], step):  # strips that stay in cache, without a fresh page for every step
         at = slice(None) if whole else slice(i // r, (i + step) // r)
         part = QParams(*(None if t is None else t[at] for t in qparams))  # pyright: ignore[reportArgumentType]
-        strip = x[i : i + step]
-        _refuse_infinite_values(strip)  # here, where it is read anyway
-        codes[i : i + step] = untile(to_codes(strip, part, spec))
+        _refuse_infinite_values(x[i : i + step])  # here, where it is read anyway
+        codes[i : i + step] = untile(to_codes(x[i : i + step], part, spec))
     _refuse_infinite_grid(qparams, spec)  # after the values, whose NaN would be in it
     offset = None if qparams.offset is None else qparams.offset.detach().contiguous()
     # a learned scale holds the stored value in float32, for its gradient

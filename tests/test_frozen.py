@@ -1,6 +1,7 @@
 """Frozen: the round trip through a folder, digests, and every flipped byte found."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,19 @@ def test_static_inputs_round_trip(tmp_path: Path) -> None:
         assert (other.spec, other.static) == (i.spec, i.static)
         assert torch.equal(other.scale, i.scale)
         assert torch.equal(other.offset, i.offset)
+
+
+def test_digests_that_load_has_checked_are_used_for_the_same_tensors_alone(frozen: Frozen, folder: Path) -> None:
+    loaded = Frozen.load(folder)
+    wide = {n: t.double() for n, t in loaded.floats.items()}
+    some = dict(list(loaded.weights.items())[1:])
+    for changed in ({"floats": wide}, {"weights": some}, {"floats": wide, "weights": some}):
+        assert replace(loaded, **changed).digests() == replace(frozen, **changed).digests()
+
+
+def test_a_loaded_tensor_may_be_written_to_without_changing_the_file(folder: Path) -> None:
+    next(iter(Frozen.load(folder).weights.values())).tensor.codes.fill_(0)
+    Frozen.load(folder)
 
 
 def test_saving_again_replaces_the_folder(frozen: Frozen, folder: Path) -> None:
