@@ -1,6 +1,9 @@
 """What GGUF export must know of a model family: tensors, row order, metadata, and what llama.cpp does not compute.
 
-The defaults are those of a Llama-like decoder. A family is an instance of `Family`, or of a subclass with what differs.
+The defaults are those of a Llama-like decoder. A family is an instance of `Family`, or of a subclass with what differs;
+an override without a docstring keeps the promise that stands here. To be checked against llama.cpp's llama-model.cpp
+(what it reads and computes) and convert_hf_to_gguf.py (row orders), and transformers' configuration and modeling files.
+Methods that take a config raise KeyError for a key that every config.json of the family has.
 """
 
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ class Family:
     top: tuple[str, ...] = ("model.norm",)
 
     def n_layers(self, config: Config) -> int:
+        """How many decoder layers the model has."""
         return config["num_hidden_layers"]
 
     def modules(self, layers: int) -> list[str]:
@@ -43,9 +47,11 @@ class Family:
         return [self.embedding, *self.top, self.head, *inside]
 
     def head_dim(self, config: Config) -> int:
+        """The width of one attention head."""
         return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
     def rotary_dim(self, config: Config) -> int:
+        """How many of a head's dimensions are rotated, from the first on."""
         return int(self.head_dim(config) * self.rope(config).get("partial_rotary_factor", 1.0))
 
     def rope(self, config: Config) -> dict[str, Any]:
@@ -73,6 +79,7 @@ class Family:
         return None
 
     def refuse_activation(self, config: Config) -> str | None:
+        """Why llama.cpp computes another activation than the model; None if it is one of `activations`."""
         keys = ("activation_function", "hidden_activation", "hidden_act")
         asked = next((config[key] for key in keys if config.get(key)), self.activations[0])
         if asked in self.activations:
@@ -101,7 +108,7 @@ class Family:
         return None
 
     def stored(self, name: str, value: Tensor) -> Tensor:
-        """What the file holds of an unquantized parameter."""
+        """What the file holds of an unquantized parameter: same shape and dtype, rows in the order of Hugging Face."""
         return value
 
     def restored(self, name: str, value: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ class Family:
         return value
 
     def extra_tensors(self, config: Config) -> dict[str, Tensor]:
-        """Tensors that llama.cpp wants and transformers computes."""
+        """Tensors that llama.cpp wants and transformers computes, by GGUF name: float32 [rotated dimensions / 2]."""
         return {}
 
     def write_metadata(self, w: GGUFWriter, config: Config) -> None:
@@ -135,7 +142,10 @@ class Family:
             w.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
     def read_config(self, get: dict[str, Any]) -> Config:
-        """Metadata without the architecture's prefix -> the part of config.json that it holds."""
+        """Metadata without the architecture's prefix -> the part of config.json that it holds.
+
+        Raises KeyError where a key is missing for which llama.cpp has no default.
+        """
         rms = "attention.layer_norm_rms_epsilon"
         norm = {"rms_norm_eps": get[rms]} if rms in get else {"layer_norm_eps": get["attention.layer_norm_epsilon"]}
         heads = get["attention.head_count"]

@@ -18,6 +18,8 @@ SANDWICH = (
 
 
 class Gemma(Family):
+    """Norms are kept as 1 + w in float32, and read back as that less 1: many w share one 1 + w."""
+
     def refuse(self, config: Config) -> str | None:
         for key in ("attention_bias", "use_bidirectional_attention"):
             if config.get(key):
@@ -55,7 +57,10 @@ class Windowed(Gemma):
         return self.head_dim(config)
 
     def pattern(self, config: Config) -> int | None:
-        """n where every n-th layer sees everything (more than the layers: none does); None for another order."""
+        """n where every n-th layer sees everything (more than the layers: none does); None for another order.
+
+        llama.cpp keeps this one number, config.json a name for each layer (`layer_types`).
+        """
         full = [kind == "full_attention" for kind in config["layer_types"]]
         n = full.index(True) + 1 if any(full) else len(full) + 1
         return n if full == [(i + 1) % n == 0 for i in range(len(full))] else None
@@ -79,6 +84,8 @@ class Windowed(Gemma):
 
 
 class Gemma2(Windowed):
+    """Scores and logits are capped by a tanh, in llama.cpp always."""
+
     big = 46
 
     def refuse(self, config: Config) -> str | None:
@@ -106,6 +113,7 @@ class Gemma3(Windowed):
         return super().rope({**config, "rope_parameters": config["rope_parameters"]["full_attention"]})
 
     def sliding_rope(self, config: Config) -> dict[str, Any]:
+        """`rope`, which is of the layers that see everything, for those with a window."""
         return super().rope({**config, "rope_parameters": config["rope_parameters"]["sliding_attention"]})
 
     def refuse(self, config: Config) -> str | None:

@@ -8,6 +8,8 @@ from qat.exporters.gguf_families.base import TANH_GELU, Config, Family
 
 
 class GPT2(Family):
+    """Keys of config.json as transformers' GPT2Config names them; `n_inner: null` there means 4 * n_embd."""
+
     def n_layers(self, config: Config) -> int:
         return config["n_layer"]
 

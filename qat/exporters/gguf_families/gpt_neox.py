@@ -10,6 +10,8 @@ from qat.exporters.gguf_families.base import TANH_GELU, Config, Family
 
 
 class GPTNeoX(Family):
+    """One fused weight [3 * hidden, hidden] for q, k and v, and its bias [3 * hidden], whose rows are reordered."""
+
     def refuse(self, config: Config) -> str | None:
         if not config.get("attention_bias", True):
             return "llama.cpp's gptneox wants biases in attention; this model has attention_bias=false"

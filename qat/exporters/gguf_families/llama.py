@@ -14,6 +14,8 @@ LAYER = ("input_layernorm", *ATTENTION, "post_attention_layernorm", *GATED_MLP)
 
 
 class LlamaLike(Family):
+    """SwiGLU, RMS norms, whole heads rotated in halves; in llama.cpp, full attention in every layer."""
+
     def refuse(self, config: Config) -> str | None:
         if config.get("use_sliding_window"):
             return f"llama.cpp's {config['model_type']} has no sliding window; set use_sliding_window to false"
@@ -33,7 +35,8 @@ class Llama(LlamaLike):
         return torch.arange(heads * dim).reshape(heads, 2, dim // 2).transpose(1, 2).reshape(-1)
 
     def extra_tensors(self, config: Config) -> dict[str, Tensor]:
-        """The frequency divisors of Llama 3's long context."""
+        """The frequency divisors of Llama 3's long context, float32 [head / 2]: transformers'
+        `_compute_llama3_parameters`, as divisors of the plain frequencies."""
         rope = self.rope(config)
         if rope["rope_type"] != "llama3":
             return {}

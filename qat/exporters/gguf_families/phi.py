@@ -20,6 +20,8 @@ FUSED = (
 
 
 class Phi(Family):
+    """One norm before attention and MLP, which are added; part of each head is rotated. llama.cpp calls both phi2."""
+
     def refuse(self, config: Config) -> str | None:
         if config.get("qk_layernorm"):
             return "llama.cpp's phi2 knows no qk_layernorm"
@@ -48,9 +50,11 @@ class Phi3(Family):
         return min(found) if found else None
 
     def context(self, config: Config) -> int:
+        """The original context for longrope, so that llama.cpp takes the short divisors, as texts inside it need."""
         return min(super().context(config), self.original(config) or config["max_position_embeddings"])
 
     def extra_tensors(self, config: Config) -> dict[str, Tensor]:
+        """longrope's two tables of frequency divisors, float32 [rotated dimensions / 2]."""
         if self.original(config) is None:
             return {}
         rope = self.rope(config)
@@ -59,6 +63,7 @@ class Phi3(Family):
         }
 
     def write_metadata(self, w: GGUFWriter, config: Config) -> None:
+        """The attention factor is transformers' `_compute_longrope_parameters`, written out where it is the default."""
         super().write_metadata(w, config)
         original = self.original(config)
         if original is None:
