@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import PROMPTS, differences, logits, rules, spread, trained
+from peer_logits import PROMPTS, differences, logits, rules, spread, trained
 from prepared_models import INT4, INT8, ZERO, prepared, rule, tiny
 
 from qat.auditing import audit

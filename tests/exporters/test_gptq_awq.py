@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from parity import PROMPTS, ROOT, differences, logits, rules, trained
+from peer_logits import PROMPTS, ROOT, differences, logits, rules, trained
 from prepared_models import INT4, NEGATIVE, ZERO, rule, tiny
 from safetensors.torch import load_file, save_file
 from tiny_text_models import byte_level_tokenizer, tokenizer_files

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from parity import differences, logits, plain_transformers, rules, trained
+from peer_logits import differences, logits, plain_transformers, rules, trained
 from prepared_models import INT4, rule
 from safetensors.torch import load_file
 

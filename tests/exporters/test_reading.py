@@ -12,7 +12,7 @@ import pytest
 import torch
 from foreign_checkpoints import gptq, llama_gguf
 from gguf import GGMLQuantizationType, GGUFReader
-from parity import rules, trained
+from peer_logits import rules, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import differences, layer_by_layer, logits, plain_transformers, rules, spread, trained
+from peer_logits import differences, layer_by_layer, logits, plain_transformers, rules, spread, trained
 from prepared_models import INT4, INT8, ZERO, prepared, rule
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
