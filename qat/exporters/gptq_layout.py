@@ -1,6 +1,7 @@
 """What GPTQ and AWQ folders share: grids of one width, float16 scales, zero points counted from 0, one grid for all."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,15 @@ from qat.exporters.hf_folder import (
     said_of,
     tokenizer_files,
 )
+from qat.exporters.hf_layout import CONV1D
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec, Scheme
 
 GROUPS = (16, 32, 64, 128)
+GPT2 = (
+    "transformers 5.23 raises on a GPT-2 with packed layers; gptqmodel's own loader takes it, in half precision and "
+    "with backend=BACKEND.TORCH (its fused float32 kernel for CPUs computes other numbers)"
+)
 
 
 def refuse(
@@ -38,11 +44,13 @@ def refuse(
     made = config.get("architectures") or ["ForCausalLM"]
     if not made[0].endswith(("ForCausalLM", "LMHeadModel")):
         return f"{method} is read for causal language models, not {made[0]}; use another target, such as hf or onnx"
+    if spec is None and kind == "Conv1D" and len(shape) == 2:
+        return "gptqmodel takes every Conv1D of a GPT-2 as quantized; give it a rule as well, or export=hf"
     if spec is None:
         return None
     bits = spec.type.bits
-    if kind != "Linear":
-        return f"{method} is for Linear layers, not {kind}; leave it out of the rules"
+    if kind != "Linear" and (kind, config.get("model_type")) != ("Conv1D", "gpt2"):
+        return f"{method} is for Linear layers and GPT-2's Conv1D, not {kind}; leave it out of the rules"
     if bits not in widths:
         nearest = min(widths, key=lambda b: abs(b - bits))
         return f"{bits} bits do not fit {method}, which has {', '.join(map(str, widths))}; int{nearest} does"
@@ -87,10 +95,11 @@ def _global(spec: QuantSpec) -> tuple[int, int, bool]:
 
 def caveats(frozen: Frozen) -> list[str]:
     """What gptqmodel does differently from training."""
+    out = [GPT2] if any(w.kind == "Conv1D" for w in frozen.weights.values()) else []
     values = ((w.dequantize(torch.float16), w.dequantize()) for w in frozen.weights.values())
-    if all(torch.equal(half.float(), full) for half, full in values):
-        return []
-    return ["gptqmodel multiplies codes and scales in float16, which rounds some weights; training in float32"]
+    if not all(torch.equal(half.float(), full) for half, full in values):
+        out.append("gptqmodel multiplies codes and scales in float16, which rounds some weights; training in float32")
+    return out
 
 
 def check(frozen: Frozen) -> QuantSpec:
@@ -101,7 +110,8 @@ def check(frozen: Frozen) -> QuantSpec:
             raise UserError(f"{name}: {why}")
     if not specs:
         raise UserError("no weight is quantized")
-    if why := refuse_together(specs):
+    left = next((n for n in frozen.floats if n.endswith(CONV1D) and frozen.config.get("model_type") == "gpt2"), None)
+    if why := refuse_together(specs) or (left and f"{left} is float, and gptqmodel takes every Conv1D as quantized"):
         raise UserError(why)
     return next(iter(specs.values()))
 
@@ -178,5 +188,8 @@ def collect(
     weights: dict[str, FrozenWeight],
     floats: dict[str, Tensor],
 ) -> Frozen:
-    """The folder's Frozen."""
+    """The folder's Frozen. Weights come as Linear's, (out, in); GPT-2's get their Conv1D back."""
+    if config.get("model_type") == "gpt2":
+        conv = {n: w for n, w in weights.items() if n.endswith(CONV1D)}
+        weights |= {n: replace(w, kind="Conv1D", shape=w.shape[::-1]) for n, w in conv.items()}
     return Frozen(weights, floats, ties=about.get("ties", {}), config=config, tokenizer=tokenizer_files(path))

@@ -9,6 +9,10 @@ from qat.frozen import Frozen
 from qat.report.schema import Fallback, Stages, read_report
 
 _PLAIN = "python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\""
+_GPTQMODEL = (
+    "python -c \"from gptqmodel import *; print(GPTQModel.load('.', device='cpu', dtype='float16', "
+    'backend=BACKEND.TORCH))"'
+)
 RUN = {
     "gguf": "llama-cli -m model.gguf -p 'The'",
     "hf": "python -c \"{plugin}from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\"",
@@ -83,6 +87,7 @@ def card(
     elif target in RUN:
         # what plain transformers cannot load says so among the caveats
         ours = target == "hf" and any("import qat" in line for line in lines)
+        command = _GPTQMODEL if RUN[target] == _PLAIN and frozen.config.get("model_type") == "gpt2" else RUN[target]
         options = CACHE.get(frozen.config.get("kv_cache", ""), "") if target == "gguf" else ""
-        lines += ["```", RUN[target].replace("{plugin}", "import qat; " if ours else "") + options, "```", ""]
+        lines += ["```", command.replace("{plugin}", "import qat; " if ours else "") + options, "```", ""]
     return "\n".join(lines)

@@ -21,13 +21,35 @@ ANSWERS = sys.stdout
 
 
 def load(folder: str) -> Any:
-    """The folder's model. Asymmetric compressed-tensors weights load only if they are dequantized on the way."""
-    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    """The folder's model. Asymmetric compressed-tensors weights load only if they are dequantized on the way, and a
+    GPT-2 of GPTQ or AWQ only by gptqmodel."""
+    whole = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    config = whole.get("quantization_config", {})
+    if whole.get("model_type") == "gpt2" and config.get("quant_method") in ("gptq", "awq"):
+        return gptqmodel_gpt2(folder, config["quant_method"])
     groups = config.get("config_groups", {}).values()
     options = {}
     if any(not group["weights"]["symmetric"] for group in groups):
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+
+
+def gptqmodel_gpt2(folder: str, method: str) -> Any:
+    """A GPT-2 by gptqmodel's own loader: transformers' initializes c_proj.weight, which packed layers do not have.
+
+    These kernels (of the backends') take float32 inputs, but only the loader's half precision: so it rounds embeddings,
+    norms and biases, and these get back what the folder holds.
+    """
+    from gptqmodel import BACKEND, GPTQModel  # pyright: ignore[reportMissingImports]
+
+    backend = BACKEND.AWQ_TORCH_ATEN if method == "awq" else BACKEND.GPTQ_TORCH
+    model = GPTQModel.load(folder, device="cpu", dtype=torch.float16, backend=backend, trust_remote_code=False).model
+    held = model.state_dict(keep_vars=True)
+    for file in Path(folder).glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            if tensor.is_floating_point() and not name.endswith(".scales"):
+                held[name].data = tensor
+    return model.eval()
 
 
 @torch.no_grad()

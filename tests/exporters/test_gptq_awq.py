@@ -93,7 +93,6 @@ REFUSED: dict[str, tuple[str, str, list[Rule]]] = {
     "8 bits do not fit awq, which has 4; int4 does": ("awq", "llama", [rule(QuantSpec(qtype="int8"))]),
     r"\(1, 32\) is the nearest": ("awq", "llama", [rule(QuantSpec(qtype="int4", block=(2, 32)))]),
     r"\(1, 16\) is the nearest": ("gptq", "llama", [rule(QuantSpec(qtype="int4", block=(1, 8)))]),
-    "not Conv1D": ("gptq", "gpt2", [rule(INT4, kind="Conv1D")]),
     "stored in float16": ("gptq", "llama", [rule(QuantSpec(qtype="int4", block=(1, 32), scale="float32"))]),
     "symmetric or with a zero": ("awq", "llama", [rule(QuantSpec(qtype="uint4", range="mlx", offset="float16"))]),
     "zero point of 0": ("gptq_v1", "llama", [HEAD, rule(ZERO)]),
