@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity import PROMPTS, ROOT, differences, logits, rules, trained
+from peer_logits import PROMPTS, ROOT, differences, logits, rules, trained
 from prepared_models import INT4, rule, tiny
 from safetensors.torch import load_file, save_file
 from test_gptq_awq import decoded
