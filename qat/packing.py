@@ -17,7 +17,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     words = math.ceil(cols * bits / 32)
     if 8 % bits == 0:  # whole codes in a byte: one integer holds the codes of a byte, a byte each
         per = 8 // bits
-        c = _pad(codes.to(torch.uint8), words * 4 * per).contiguous().view(_AS_WIDE[per])
+        flat = _pad(codes.to(torch.uint8), words * 4 * per).reshape(-1).contiguous()
+        if flat.storage_offset() % per:  # a view of wider integers must begin at a whole one
+            flat = flat.clone()
+        c = flat.view(_AS_WIDE[per]).reshape(rows, words * 4)
         out = c if per == 1 else c >> (8 - bits)
         for i in range(2, per):
             out |= c >> (i * (8 - bits))

@@ -60,3 +60,17 @@ def test_a_strided_view_packs_like_its_copy() -> None:
 def test_too_few_words_are_refused() -> None:
     with pytest.raises(ValueError, match="need 4 words a row, not 3"):
         unpack(torch.zeros(1, 3, dtype=torch.int32), 4, 32)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_views_are_packed_as_their_copies(bits: int) -> None:
+    """A column taken as a row is "contiguous" with another stride, and rows of a slice begin anywhere."""
+    codes = torch.randint(0, 2**bits, (64, 33), dtype=torch.uint8)
+    for view in (
+        codes[:, :1].t(),
+        codes[:, :1].contiguous().t(),
+        codes[1:, :32],
+        codes.reshape(-1)[1:65].reshape(2, 32),
+    ):
+        assert torch.equal(pack(view, bits), pack(view.clone(memory_format=torch.contiguous_format), bits))
+        assert torch.equal(unpack(pack(view, bits), bits, view.shape[1]), view)
