@@ -18,7 +18,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if 8 % bits == 0:  # whole codes in a byte: one integer holds the codes of a byte, a byte each
         per = 8 // bits
         flat = _pad(codes.to(torch.uint8), words * 4 * per).reshape(-1).contiguous()
-        if flat.storage_offset() % per:  # a view of wider integers must begin at a whole one
+        if flat.storage_offset() % 8:  # a view of wider integers must begin at a whole one
             flat = flat.clone()
         c = flat.view(_AS_WIDE[per]).reshape(rows, words * 4)
         out = c if per == 1 else c >> (8 - bits)
