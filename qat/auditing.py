@@ -20,8 +20,7 @@ from qat.nearest import divides, nearest, whole_block
 from qat.scheme import QuantSpec, Rule, bits_per_weight
 
 TAKE_CONV1D = (
-    "give target=llama_cpp, target=mlx, target=onnxruntime_int4, target=portable_int4 or, for GPT-2, target=gptq_int4, "
-    "which take Conv1D as well"
+    "give target=llama_cpp, target=mlx, target=onnxruntime_int4 or target=portable_int4, which take Conv1D as well"
 )
 
 

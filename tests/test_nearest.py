@@ -68,7 +68,7 @@ def test_weights_are_counted_and_not_scales() -> None:
 
 def test_a_target_of_linear_layers_names_the_layer_that_is_none_and_targets_that_take_it() -> None:
     said = ""
-    for target in ("gptq_int4", "awq_int4", "torchao_int4", "executorch"):
+    for target in ("torchao_int4", "vllm_w8a8", "executorch"):
         said = audited(tiny("gpt2"), f"target={target}") or ""
         assert re.search(r"transformer\.h\.0\.attn\.c_attn.* Conv1D.* give target=llama_cpp, target=mlx", said), said
     for target in re.findall(r"target=(\w+)", said):
@@ -85,7 +85,7 @@ def test_gptq_and_awq_are_for_causal_language_models(target: str, block: str) ->
 def test_an_embedding_is_not_sent_from_one_format_to_another_that_refuses_it_too() -> None:
     for target in ("awq", "gptq", "executorch"):
         said = target_module(target).refuse("wte.weight", "Embedding", (512, 64), SCHEMES["llama_q8_0"], {})
-        assert "is for Linear layers, not Embedding; leave it out of the rules" in said
+        assert re.search("is for Linear layers.*, not Embedding; leave it out of the rules", said)
         assert "torchao" not in said
 
 

@@ -3,6 +3,7 @@
 For a Linear (out, in) in groups of g: `qweight` int32 (in, out / 8), `qzeros` int32 (in / g, out / 8), `scales` float16
 (in / g, out). Codes and zero points count from 0 and lie along `out`, eight a word in the order 0 2 4 6 1 3 5 7.
 The format is always asymmetric: a symmetric grid has zero points of 8. Activation-aware scaling is not part of it.
+GPT-2's Conv1D layers lie here as Linear's do.
 """
 
 from functools import partial

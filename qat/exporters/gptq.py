@@ -3,6 +3,7 @@
 For a Linear (out, in) of b bits, groups of g: `qweight` int32 (in * b / 32, out), codes from 0 on packed along `in`;
 `qzeros` int32 (in / g, out * b / 32), zero points packed along `out`; `scales` float16 (in / g, out); `g_idx` int32
 (in,). Low bits first. Version 1 (target gptq_v1) stores zero points less one, which corrupts neighbours where one is 0.
+GPT-2's Conv1D layers lie here as Linear's do.
 """
 
 from functools import partial
