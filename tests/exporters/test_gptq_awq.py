@@ -159,11 +159,14 @@ import json, sys, torch
 from safetensors.torch import load_file, save_file
 sys.path.insert(0, sys.argv[1])
 from plain_transformers import load
+del sys.path[0]  # gptqmodel would find our mlx.py
 prompts, out = load_file(sys.argv[3]), {}
 for name, folder in json.loads(sys.argv[2]).items():
     model = load(folder)
     for path, module in model.named_modules():
-        if hasattr(module, "dequantize_weight"):
+        if hasattr(module, "awq_weight_dequantize"):  # the only one that its kernels for any CPU have
+            out[f"{name}/{path}.weight"] = module.awq_weight_dequantize("cpu", torch.float16).t().contiguous()
+        elif hasattr(module, "dequantize_weight"):
             out[f"{name}/{path}.weight"] = module.dequantize_weight().t().contiguous()
     with torch.no_grad():
         out |= {f"{name}/{i}": model(ids[None]).logits[0].float() for i, ids in prompts.items()}
