@@ -38,7 +38,12 @@ def has_vnni(info: str) -> bool:
     return bool(VNNI & set(first(info).get("flags", "").split()))
 
 
+def instructions(info: str, capability: str) -> str:
+    """The instruction set, such as "AVX512, VNNI". capability: the vectors that torch uses."""
+    return f"{capability}, VNNI" if has_vnni(info) else capability
+
+
 def processor(info: str, capability: str) -> str:
-    """Name and instruction set, such as "AMD EPYC (AVX512, VNNI)". capability: the vectors that torch uses."""
+    """Name and instruction set, such as "AMD EPYC (AVX512, VNNI)"."""
     name = first(info).get("model name", platform.processor() or platform.machine())
-    return f"{name} ({capability}{', VNNI' if has_vnni(info) else ''})"
+    return f"{name} ({instructions(info, capability)})"

@@ -5,6 +5,8 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from machine import info, instructions
 from torch import Tensor
 
 from qat.files import atomic_file
@@ -47,11 +49,16 @@ def misses(
     return ", ".join(f"**{name}**" for name, ok in met.items() if not ok) or "none"
 
 
+def today() -> str:
+    """The cell "measured": the day, and the processor's instruction set, with which kernels and roundings differ."""
+    return f"{date.today()}, {instructions(info(), torch.backends.cpu.get_cpu_capability())}"
+
+
 def without_figures(key: list[str], verb: str, reason: str) -> Row:
     """The row of what was refused, or not run; the table says why in a word or two, its notes at length."""
     reason = " ".join(reason.replace("`", "'").split())
     word = next((f": {short}" for sign, short in SHORT.items() if verb == "refused" and sign in reason), "")
-    return Row([*key, "", verb + word, *[""] * 7, str(date.today()), ""], reason)
+    return Row([*key, "", verb + word, *[""] * 7, today(), ""], reason)
 
 
 def line(cells: tuple[str, ...] | list[str]) -> str:
