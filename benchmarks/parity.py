@@ -84,13 +84,13 @@ def row(target: str, exporter: str, subject: Subject) -> table.Row:
 def figures(target: str, exporter: str, subject: Subject) -> list[str]:
     """The cells of a row. Raises UserError where the target refuses the model, VerifyError where its runtime fails."""
     scheme = scheme_of(target)
-    simulated = {k: v for k, v in scheme.items() if k != "rules"}
+    numerics = {k: v for k, v in scheme.items() if k != "rules"}
     module = target_module(exporter)
     model = copy.deepcopy(subject.model)
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "name": subject.name}
-    config["kv_cache"] = simulated.get("kv_cache")
+    config["kv_cache"] = numerics.get("kv_cache")
     qat.audit(model, scheme["rules"], targets=[exporter], config=config)
-    net: Any = qat.prepare(model, scheme["rules"], **simulated).eval()
+    net: Any = qat.prepare(model, scheme["rules"], **numerics).eval()
     calibrate(net, [subject.batch["input_ids"][:4]], lambda m, ids: m(input_ids=ids))
     generator = torch.Generator().manual_seed(1)
     vocabulary = config["vocab_size"]
@@ -196,16 +196,16 @@ def measured(keys: list[tuple[str, str, str]], jobs: int) -> Iterator[tuple[tabl
 
 
 def main() -> None:
-    subject_names, known = [*EMBEDDED, *RANDOM], list(dict.fromkeys(target for target, _ in exports()))
+    subject_names, names = [*EMBEDDED, *RANDOM], list(dict.fromkeys(target for target, _ in exports()))
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("targets", nargs="*", help="of configs/target, or variants (default: all, into docs/parity.md)")
     parser.add_argument("--models", nargs="+", choices=subject_names, default=subject_names)
     parser.add_argument("--write", action="store_true", help="replace these rows of docs/parity.md")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each (default 2)")
     args = parser.parse_args()
-    if unknown := set(args.targets) - set(known):
-        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    keys, order = rows(args.targets or known, args.models), rows(known, subject_names)
+    if unknown := set(args.targets) - set(names):
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    keys, order = rows(args.targets or names, args.models), rows(names, subject_names)
     print(machine(args.jobs), table.line(table.COLUMNS), "|" + "---|" * len(table.COLUMNS), sep="\n", flush=True)
     since = time.monotonic()
     for found, seconds in measured(keys, args.jobs):

@@ -15,21 +15,13 @@ from qat.modules.base import QuantLayer
 
 NOISE = "the median is within the bound of float activations, 2e-6, but above the float64 spread"
 LAST_BIT = "about half of the prompts flip a code, so the median is chance; the simulation is further from itself"
-CAUSES = {
+CAUSES = {  # by exporter
     "gguf": "llama.cpp rounds activations to 8 bits; this scheme trains none",
-    "awq": "gptqmodel multiplies code and scale in float16",
-    "gptq": "gptqmodel multiplies code and scale in float16",
+    **dict.fromkeys(("awq", "gptq", "gptq_v1"), "gptqmodel multiplies code and scale in float16"),
 }
 FORMULA = "transformers divides tokens by max / 127.5, vLLM (which the scheme simulates) by max / 127"
 SATURATED = "vLLM's int8 kernel (oneDNN) saturates the sum of two products at 16 bits where a processor has no VNNI"
-TRACED = {
-    ("portable_int4", "gguf"),
-    ("portable_int8", "gguf"),
-    ("awq_int4", "awq"),
-    ("gptq_int4", "gptq"),
-    ("gptq_int4_asymmetric", "gptq"),
-    ("gptq_int8", "gptq"),
-}
+TRACED = ("portable_int4", "portable_int8")  # of gguf, the targets whose scheme trains no activations
 
 
 def as_transformers(net: Any) -> nn.Module:
@@ -89,7 +81,7 @@ def cause(
     if simulated is not None:
         what, left = simulated
         return f"{what}; with that simulated the median error is {left.median():.1e}, {within(left):.0%} within 2e-6"
-    if (target, exporter) in TRACED:
+    if exporter in CAUSES and (exporter != "gguf" or target in TRACED):
         return CAUSES[exporter]
     half = within(error) >= SHARE
     if missed == "**logits**" and half and float(error.median()) <= FLOAT:

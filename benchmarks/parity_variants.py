@@ -17,7 +17,7 @@ from qat.models.load import EMBEDDED
 from qat.recipes import CONFIGS
 from qat.scheme import QuantSpec, Rule
 
-CONV1D = ("gguf", "mlx", "onnx")  # exporters that hold GPT-2's layers
+GPT2_MINI = ("gguf", "mlx", "onnx")  # exporters whose variants are put on it; the others, on llama_mini
 
 
 class Variant(NamedTuple):
@@ -80,7 +80,7 @@ def models(target: str, exporter: str) -> list[str]:
     """The names of the subjects that it is put on."""
     if target not in VARIANTS:
         return [*EMBEDDED, *RANDOM]
-    return ["gpt2_mini" if exporter in CONV1D else "llama_mini", "random Llama, float32"]
+    return ["gpt2_mini" if exporter in GPT2_MINI else "llama_mini", "random Llama, float32"]
 
 
 def scheme_of(target: str) -> dict[str, Any]:

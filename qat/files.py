@@ -9,9 +9,10 @@ import platform
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,9 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
     temp = _sibling(path)
     temp.mkdir()
     try:
-        yield temp
-        for file in temp.rglob("*"):
-            if file.is_file():
-                _flush(file)
+        with _flushed_meanwhile(temp):
+            yield temp
+        _flush_files(temp)
         if shared:
             _rename_unless_there(temp, path)
         elif path.exists():
@@ -60,6 +60,31 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _flushed_meanwhile(folder: Path) -> Generator[None]:
+    """A thread brings to the disk what is written so far, so that the last flush, which waits, has little left to do."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(0.25):
+            with suppress(OSError):  # a file that was renamed; what the disk refuses, the last flush says
+                _flush_files(folder)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _flush_files(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _flush(file)
 
 
 def _rename_unless_there(temp: Path, path: Path) -> None:

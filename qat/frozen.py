@@ -8,6 +8,7 @@ digest of every tensor).
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,15 +120,21 @@ class Frozen:
         path = Path(path)
         if not (path / "frozen.json").is_file():
             raise UserError(f"{path} is not a frozen folder: it has no frozen.json; give RUN/frozen or RUN")
-        manifest = read_manifest(path)
-        with understood(path):
-            frozen = open_frozen(path)
-            found = frozen.digests()
+        with ThreadPoolExecutor(1) as beside:  # SHA-256 lets other threads run
+            tensors = beside.submit(_digested, path)
+            manifest = read_manifest(path)  # what it refuses is said first
+            frozen, found = tensors.result()
         for name, value in found.items():
             if manifest["tensors"].get(name) != value:
                 raise VerifyError(f"{path}: tensor {name} is not the one in the manifest")
         frozen._checked = found, frozen.weights, frozen.floats
         return frozen
+
+
+def _digested(path: Path) -> tuple[Frozen, dict[str, str]]:
+    with understood(path):
+        frozen = open_frozen(path)
+        return frozen, frozen.digests()
 
 
 def open_frozen(path: Path) -> Frozen:
@@ -184,13 +191,14 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
     }
     digests: dict[str, str] = {}
 
-    def noted() -> Iterator[tuple[str, Tensor]]:
+    def noted(beside: ThreadPoolExecutor) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
-            digests[name] = digest(tensor)
+            made = beside.submit(digest, tensor)  # while the tensor is written
             yield name, tensor
+            digests[name] = made.result()
 
-    with atomic_folder(path) as folder:
-        write(folder / "tensors.safetensors", {n: info(t) for n, t in blank.tensors()}, noted())
+    with atomic_folder(path) as folder, ThreadPoolExecutor(1) as beside:
+        write(folder / "tensors.safetensors", {n: info(t) for n, t in blank.tensors()}, noted(beside))
         (folder / "frozen.json").write_text(json.dumps(meta, indent=1))
         for name, content in blank.tokenizer.items():
             (folder / "tokenizer").mkdir(exist_ok=True)

@@ -122,7 +122,7 @@ def run(
             refuse_caches(export, scheme.get("kv_cache"))
             refuse_fallback(quant_method, audited, rules, {**shipped, **simulated})
             made: Any = {"weight": quantizer, "observer": observer, "calibration_batches": calibration_batches}
-            rehearse(loaded.model, audited, rules, kv_cache=scheme.get("kv_cache"), **made)
+            rehearse(loaded.model, audited, rules, **simulated, **made)
             outcome.text = print_audit(audited, progress.console, exports=export)
     if loaded.fallback is not None:
         data.block_size = min(data.block_size, EMBEDDED_CONTEXT)

@@ -10,6 +10,7 @@ from qat.affine import choose_qparams, refuse_infinite
 from qat.auditing import Audit, Row
 from qat.errors import UserError
 from qat.modules import quantized_class
+from qat.modules.numerics import refuse_numerics
 from qat.scheme import QuantSpec, Rule, check_block
 
 
@@ -22,18 +23,18 @@ def rehearse(
     weight: Callable[[QuantSpec, Tensor], Any],
     observer: Callable[[], Any],
     calibration_batches: int,
+    gelu: str | None = None,
     kv_cache: str | None = None,
+    norm: str | None = None,
 ) -> None:
     """Raise UserError for settings of the quantizer or observer that they refuse, static inputs without calibration,
-    weights that are not finite or overflow their stored scales, and a kv_cache that the model cannot have.
+    weights that are not finite or overflow their stored scales, and a gelu, kv_cache or norm that it
+    cannot have.
 
     weight, observer: as `prepare` takes them; each is tried once for every spec, on the first blocks of a weight. The
     range of every weight is looked at, at the cost of reading it twice.
     """
-    if kv_cache:
-        from qat.modules.attention import refuse_kv_cache
-
-        refuse_kv_cache(model, kv_cache)
+    refuse_numerics(model, gelu, kv_cache, norm)
     tried: set[QuantSpec] = set()
     for row in audited.rows:
         _refuse_input(row, rules, observer, calibration_batches)

@@ -35,6 +35,7 @@ NAMES = {  # in the order of the library, which stores the widest first and equa
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+SMALL = 2**16  # bytes of a tensor that is read, not mapped
 _ORDER = {dtype: rank for rank, dtype in enumerate(NAMES)}
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
@@ -77,11 +78,15 @@ def stored(file: Path) -> Later[Tensor]:
 
 def _mapped(file: Path, start: int, entry: dict[str, Any]) -> Tensor:
     """One tensor of a file whose tensors begin at `start`. Its own bytes are mapped, not the whole file, so that asking
-    for a tensor to learn its shape costs next to nothing."""
+    for a tensor to learn its shape costs next to nothing. Small ones are read: a mapping holds an open file."""
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = (start + i for i in entry["data_offsets"])
     if begin == end:
         return torch.empty(shape, dtype=dtype)
+    if end - begin <= SMALL:
+        with file.open("rb") as f:
+            f.seek(begin)
+            return torch.frombuffer(bytearray(f.read(end - begin)), dtype=dtype).reshape(shape)
     page = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY  # where a mapping may begin
     with file.open("rb") as f:
         held = mmap.mmap(f.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)

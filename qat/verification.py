@@ -14,7 +14,18 @@ import torch
 
 from qat import comparison, diagnosis, proof
 from qat.errors import UserError
-from qat.exporters import as_held, caveats, gguf, identify, made_of_others, read, read_any, runtime_of, target_module
+from qat.exporters import (
+    as_held,
+    caveats,
+    gguf,
+    identify,
+    made_of_others,
+    read,
+    read_any,
+    roundings,
+    runtime_of,
+    target_module,
+)
 from qat.exporters.gguf_models import same_model
 from qat.exporters.hf_folder import float_dtype, read_config
 from qat.files import FAILED, read_manifest
@@ -54,9 +65,8 @@ def verify(path: Path, *, against: Path | None = None, runtime: bool = True) -> 
             verdict.differences += made_of_others(manifest, _held(module, frozen))
         else:
             _against(path, written, module, frozen, base, original is not None, verdict)
-        said = [] if module is None else caveats(frozen, target)
-        verdict.unchecked += said
-        rounded = [c for c in said if "import qat" not in c]  # who can load a folder changes no figure
+        verdict.unchecked += [] if module is None else caveats(frozen, target)
+        rounded = [] if module is None else roundings(frozen, target)
         if module is not None and runtime_of(target, path) == "vllm":
             rounded = []  # what hf says there is of transformers
         if (dtype := float_dtype(frozen)) != torch.float32:
@@ -153,7 +163,7 @@ def _graph(path: Path, written: Frozen, module: ModuleType, now: Frozen, *, of_g
     metadata, which say less than a graph needs; the file's own configuration says the rest."""
     found = comparison.config(written.config, now.config, whole=whole)
     if of_gguf:
-        told = {k: v for k, v in now.config.items() if k != "max_position_embeddings"}  # as comparison.config
+        told = {k: v for k, v in now.config.items() if v is not None and k != "max_position_embeddings"}  # likewise
         now = replace(now, config={**written.config, **told})
     try:
         return [*found, *module.compare_header(path, module.header(now))]
@@ -173,8 +183,8 @@ def own_run(folder: Path) -> Path | None:
 
 def bits_per_weight(frozen: Frozen) -> float:
     """Stored bits (codes, scales, offsets, floats) over all weights; ties count once."""
-    tensors = [w.tensor.codes for w in frozen.weights.values()] + list(frozen.floats.values())
-    return 8 * frozen.nbytes() / sum(t.numel() for t in tensors)
+    codes = sum(w.tensor.codes.numel() for w in frozen.weights.values())  # one at a time: each maps its file
+    return 8 * frozen.nbytes() / (codes + sum(t.numel() for t in frozen.floats.values()))
 
 
 def _against_manifest(written: Frozen, manifest: dict[str, Any] | None, verdict: Verdict) -> None:

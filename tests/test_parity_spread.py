@@ -1,5 +1,7 @@
 """The evaluations that a simulation is held against itself with, and the causes that the parity table names."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,16 +83,17 @@ def test_the_formula_of_transformers_takes_vllms_place() -> None:
 
 def test_without_vnni_pairs_of_products_saturate() -> None:
     """Weights and inputs at their largest: 255 * 127 + 255 * 127 is kept as 32767, and no sum changes at half of it."""
-    model = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=True))
+    model: Any = torch.nn.Sequential(torch.nn.Linear(4, 1, bias=True))
     scheme = qat.Scheme(weight=qat.QuantSpec(qtype="int8", scale="float32"), input=TOKEN)
     qat.prepare(model, [qat.Rule(scheme=scheme)])
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[127.0, 127.0, 127.0, 127.0]]))  # type: ignore[union-attr]
-        model[0].bias.fill_(1.0)  # type: ignore[union-attr]
+        model[0].weight.copy_(torch.tensor([[127.0, 127.0, 127.0, 127.0]]))
+        model[0].bias.fill_(1.0)
         x = torch.tensor([[[127.0, 127.0, 127.0, 127.0], [127.0, -127.0, -127.0, 127.0]]])
         assert saturating(model)(x).flatten().tolist() == [2 * 32767 - 4 * 128 * 127 + 1, 1.0]
         assert model(x).flatten().tolist() == [4 * 127 * 127 + 1, 1.0]
-        other, x = net()[:1], torch.rand(5, 256)  # type: ignore[misc]
+        other: Any = net()[:1]
+        x = torch.rand(5, 256)
         other[0].weight[:, 0] = 2 * other[0].weight.abs().amax()  # codes 127, of inputs -127; the others half
         x[:, 0] = -1.0
         torch.testing.assert_close(saturating(other)(x), other(x))

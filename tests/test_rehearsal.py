@@ -56,6 +56,12 @@ def test_settings_of_quantizer_and_observer() -> None:
     )
 
 
+def test_numerics_that_do_not_exist() -> None:
+    assert refusal(gpt2(), GPT2_RULES, gelu="float16_table", norm="ggml") == ""
+    assert "norm=mlx is not possible; choose ggml, onnxruntime" in refusal(gpt2(), GPT2_RULES, norm="mlx")
+    assert "gelu=table is not possible" in refusal(gpt2(), GPT2_RULES, gelu="table")
+
+
 def test_a_kv_cache_that_model_or_target_cannot_have() -> None:
     assert refusal(gpt2(), GPT2_RULES, kv_cache="int8") == ""  # heads of 32
     assert "language models of transformers, not Sequential" in refusal(cnn(), STATIC_RULES, kv_cache="int8")

@@ -154,6 +154,7 @@ DAMAGE: list[tuple[str, Change, str]] = [
     ("llama", renamed_axis, "its input 0 is input_ids: int64 [batch, 7] in the file, not input_ids: int64 [batch, seq"),
     ("mistral", constant("/mask/5/size", lambda x: x + 1), "constant /mask/5/size is 6 in the file, not 5"),
     ("mistral", constant("/float/127.0", lambda x: x + 1), "constant /float/127.0 is 128.0 in the file, not 127.0"),
+    ("mistral", constant("/float/127.0", lambda x: np.nextafter(x, 200)), "is 127.00001 in the file, not 127.0"),
     ("qwen3", constant(f"/zeros/{Q}.q_proj", lambda x: x + 1), f"constant /zeros/{Q}.q_proj[0] is 1 in the file"),
     ("gpt2", attribute("transformer.h.1.attn/attention", "scale", 0.25), "scale is 0.25 in the file, not 0.125"),
     ("gpt2", attribute("transformer.h.0.mlp/act", "approximate", "none"), "approximate is none in the file, not tanh"),
@@ -201,6 +202,25 @@ def test_other_formats_tell_of_the_graph_too(root: Path, tmp_path: Path) -> None
         assert verify(root / "llama3/onnx", against=base, runtime=False).differences == []
         (said,) = verify(tmp_path / "model.onnx", against=base, runtime=False).differences
         assert said == "the graph: node model.norm: epsilon is 0.001 in the file, not 1e-06"
+
+
+def test_a_window_that_gguf_does_not_tell_is_no_difference(tmp_path: Path) -> None:
+    frozen = decoder("mistral", sliding_window=5, intermediate_size=128)
+    files = {kind: export(frozen, kind, tmp_path / kind) for kind in ("gguf", "onnx")}
+    assert verify(files["onnx"], against=files["gguf"], runtime=False).differences == []
+
+
+def test_another_network_is_a_difference(tmp_path: Path) -> None:
+    """Whose layers have the same names, and weights that the file's shapes do not fit."""
+    models = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 5)), nn.Sequential(nn.Linear(64, 16))]
+    models[1].extend([nn.ReLU(), nn.Linear(16, 5)])
+    for model, name, shape in zip(models, ("file", "run"), ((1, 8, 8), (64,)), strict=True):
+        config = describe(model, shape)
+        frozen = convert(prepare(model, [rule(ROW, kind="Conv2d|Linear")]), config=config)
+        frozen.save(tmp_path / name / "frozen")
+        export(frozen, "onnx", tmp_path / name / "onnx")
+    found = verify(tmp_path / "file/onnx", against=tmp_path / "run", runtime=False).differences
+    assert any("do not make a graph" in said for said in found), found
 
 
 def test_data_beside_the_file(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ one file with those four names, and a YAML in configs/target. `missing_runtime`,
 one), `KV_CACHES` and `GELUS` (of training's, what its runtime computes), `stored_dtype` (of unquantized parameters),
 `runtime` (another than RUNTIME for some of its files), `as_held` (a Frozen as the file can say it), `header`
 (config.json, metadata or graph, for `verify`), `compare_header` (how a file's differs from it, where it is no JSON),
-`caveats`, and `UNREADABLE` (why its file cannot be read back) are for targets that have something to say there.
+`caveats` (what its runtime computes otherwise than training), `readers` (who cannot load the file), and `UNREADABLE`
+(why its file cannot be read back) are for targets that have something to say there.
 """
 
 from importlib import import_module
@@ -71,6 +72,12 @@ def refuse_caches(names: list[str], kv_cache: str | None) -> None:
 
 
 def caveats(frozen: Frozen, target: str) -> list[str]:
+    """What must be known of an export: who cannot load it, and its `roundings`; a sentence each."""
+    readers: list[str] = getattr(target_module(target), "readers", lambda _: [])(frozen)
+    return [*readers, *roundings(frozen, target)]
+
+
+def roundings(frozen: Frozen, target: str) -> list[str]:
     """What the runtime of a target computes otherwise than training did, a sentence each."""
     module = target_module(target)
     out: list[str] = list(getattr(module, "caveats", lambda _: [])(frozen))

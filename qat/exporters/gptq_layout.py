@@ -26,7 +26,7 @@ from qat.scheme import QuantSpec, Scheme
 GROUPS = (16, 32, 64, 128)
 GPT2 = (
     "transformers 5.23 raises on a GPT-2 with packed layers; gptqmodel's own loader takes it, in half precision and "
-    "with backend=BACKEND.TORCH (its fused float32 kernel for CPUs computes other numbers)"
+    "with backend=BACKEND.GPTQ_TORCH or AWQ_TORCH_ATEN (its fused float32 kernel for CPUs computes other numbers)"
 )
 
 
@@ -44,12 +44,13 @@ def refuse(
     made = config.get("architectures") or ["ForCausalLM"]
     if not made[0].endswith(("ForCausalLM", "LMHeadModel")):
         return f"{method} is read for causal language models, not {made[0]}; use another target, such as hf or onnx"
-    if spec is None and kind == "Conv1D" and len(shape) == 2:
+    gpt2 = kind == "Conv1D" and config.get("model_type") == "gpt2"
+    if spec is None and gpt2 and len(shape) == 2:  # a bias has the kind of its layer
         return "gptqmodel takes every Conv1D of a GPT-2 as quantized; give it a rule as well, or export=hf"
     if spec is None:
         return None
     bits = spec.type.bits
-    if kind != "Linear" and (kind, config.get("model_type")) != ("Conv1D", "gpt2"):
+    if kind != "Linear" and not gpt2:
         return f"{method} is for Linear layers and GPT-2's Conv1D, not {kind}; leave it out of the rules"
     if bits not in widths:
         nearest = min(widths, key=lambda b: abs(b - bits))
@@ -95,11 +96,15 @@ def _global(spec: QuantSpec) -> tuple[int, int, bool]:
 
 def caveats(frozen: Frozen) -> list[str]:
     """What gptqmodel does differently from training."""
-    out = [GPT2] if any(w.kind == "Conv1D" for w in frozen.weights.values()) else []
     values = ((w.dequantize(torch.float16), w.dequantize()) for w in frozen.weights.values())
-    if not all(torch.equal(half.float(), full) for half, full in values):
-        out.append("gptqmodel multiplies codes and scales in float16, which rounds some weights; training in float32")
-    return out
+    if all(torch.equal(half.float(), full) for half, full in values):
+        return []
+    return ["gptqmodel multiplies codes and scales in float16, which rounds some weights; training in float32"]
+
+
+def readers(frozen: Frozen) -> list[str]:
+    """Who cannot load the folder."""
+    return [GPT2] if any(w.kind == "Conv1D" for w in frozen.weights.values()) else []
 
 
 def check(frozen: Frozen) -> QuantSpec:

@@ -5,7 +5,7 @@ from typing import Any
 
 from qat.errors import UserError
 from qat.exporters import gptq
-from qat.exporters.gptq import caveats, missing_runtime, read, refuse, refuse_together
+from qat.exporters.gptq import caveats, missing_runtime, read, readers, refuse, refuse_together
 from qat.frozen import Frozen
 from qat.scheme import Scheme
 
@@ -19,6 +19,7 @@ __all__ = [
     "header",
     "missing_runtime",
     "read",
+    "readers",
     "refuse",
     "refuse_scheme",
     "refuse_together",

@@ -32,7 +32,7 @@ from qat.scheme import GELUS, KV_CACHES, QuantSpec
 
 RUNTIME = "transformers_folder"
 # qat.packed computes the first two
-__all__ = ["GELUS", "KV_CACHES", "RUNTIME", "caveats", "export", "header", "read", "refuse", "runtime"]
+__all__ = ["GELUS", "KV_CACHES", "RUNTIME", "caveats", "export", "header", "read", "readers", "refuse", "runtime"]
 
 
 def runtime(path: Path) -> str:
@@ -76,11 +76,14 @@ def header(frozen: Frozen) -> dict[str, Any]:
 
 
 def caveats(frozen: Frozen) -> list[str]:
-    """What its readers do differently from training, or cannot do; for the model card and the report of `verify`."""
+    """What transformers does differently from training with a folder that it reads without `import qat`."""
+    return compressed_tensors.caveats(frozen) if _plain(frozen) else []
+
+
+def readers(frozen: Frozen) -> list[str]:
+    """Who cannot load the folder, and why."""
     why = compressed_tensors.why_not(frozen, float_dtype(frozen))
-    if why is None:
-        return compressed_tensors.caveats(frozen)
-    return [f"vLLM and plain transformers cannot read it ({why}); `import qat` first"]
+    return [] if why is None else [f"vLLM and plain transformers cannot read it ({why}); `import qat` first"]
 
 
 def packed_tensors(frozen: Frozen, plain: bool) -> Iterator[tuple[str, Tensor]]:

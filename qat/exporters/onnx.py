@@ -72,8 +72,10 @@ def header(frozen: Frozen) -> onnx.ModelProto:
     """
     try:
         return _kind(frozen.config).header(frozen)
-    except KeyError as e:
-        raise UserError(f"the graph of the model needs {e}, which is missing") from e
+    except UserError:
+        raise
+    except Exception as e:  # of many kinds: what a shape that does not fit meets first
+        raise UserError(f"the weights and the configuration do not make a graph ({type(e).__name__}: {e})") from e
 
 
 def compare_header(path: Path, want: onnx.ModelProto) -> list[str]:

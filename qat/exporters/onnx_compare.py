@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-CLOSE = 1e-6  # relative: a table that another processor computed may differ in its last bit
+CLOSE = 1e-6  # relative, of tables: another processor may have computed their last bits otherwise
 
 
 def difference(have: ModelProto, want: ModelProto, folder: Path) -> list[str]:
@@ -46,15 +46,21 @@ def _nodes(have: ModelProto, want: ModelProto) -> str | None:
 
 
 def _node(have: NodeProto, want: NodeProto) -> str | None:
-    a, b = (f"{n.domain}.{n.op_type}".lstrip(".") for n in (have, want))
+    a, b = (f"{n.domain}.{n.op_type}".removeprefix("ai.onnx.").lstrip(".") for n in (have, want))
     if a != b:
         return _not("the operator", a, b)
     for what, x, y in (("input", have.input, want.input), ("output", have.output, want.output)):
         for i, (one, other) in enumerate(zip_longest(x, y)):
             if one != other:
                 return _not(f"{what} {i}", one, other)
-    x, y = ({k.name: helper.get_attribute_value(k) for k in n.attribute} for n in (have, want))
-    return next((_not(k, x.get(k), y.get(k)) for k in sorted({*x, *y}) if x.get(k) != y.get(k)), None)
+    x, y = ({k.name: (k.type, helper.get_attribute_value(k)) for k in n.attribute} for n in (have, want))
+    for k in sorted({*x, *y}):
+        (kind, value), (other, wanted) = x.get(k, (None, None)), y.get(k, (None, None))
+        if value != wanted:
+            return _not(k, value, wanted)
+        if kind != other:  # to Python 1 is 1.0
+            return _not(f"the type of {k}", *(AttributeProto.AttributeType.Name(t) for t in (kind, other)))
+    return None
 
 
 def _ends(have: ModelProto, want: ModelProto) -> str | None:
@@ -73,6 +79,8 @@ def _end(value: ValueInfoProto) -> str:
 
 
 def _constants(have: ModelProto, want: ModelProto, folder: Path) -> str | None:
+    if have.graph.sparse_initializer:
+        return f"constant {have.graph.sparse_initializer[0].values.name} is sparse in the file"
     found = {t.name: t for t in have.graph.initializer}
     for tensor in want.graph.initializer:
         if tensor.name not in found:
@@ -89,7 +97,8 @@ def _constant(have: TensorProto, want: TensorProto, folder: Path) -> str | None:
     if not want.raw_data:  # a parameter
         return None
     x, y = numpy_helper.to_array(have, str(folder)).ravel(), numpy_helper.to_array(want).ravel()
-    apart = ~np.isclose(x, y, rtol=CLOSE, atol=0) if np.issubdtype(y.dtype, np.floating) else x != y
+    table = y.size > 1 and np.issubdtype(y.dtype, np.floating)
+    apart = ~np.isclose(x, y, rtol=CLOSE, atol=0) if table else x != y
     if not apart.any():
         return None
     at = int(apart.argmax())

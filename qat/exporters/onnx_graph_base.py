@@ -8,6 +8,7 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from qat.exporters.onnx_stream import announced
 from qat.frozen import Frozen, FrozenInput
 
 
@@ -30,8 +31,7 @@ class GraphBase:
         if name in self.constants:
             return name
         if isinstance(value, Tensor) and value.is_meta:
-            kind = helper.np_dtype_to_tensor_dtype(torch.empty(0, dtype=value.dtype).numpy().dtype)
-            self.constants[name] = TensorProto(name=name, dims=value.shape, data_type=kind)
+            self.constants[name] = announced(name, value)
         else:
             array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else value
             self.constants[name] = numpy_helper.from_array(array, name)

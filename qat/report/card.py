@@ -11,7 +11,7 @@ from qat.report.schema import Fallback, Stages, read_report
 _PLAIN = "python -c \"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('.'))\""
 _GPTQMODEL = (
     "python -c \"from gptqmodel import *; print(GPTQModel.load('.', device='cpu', dtype='float16', "
-    'backend=BACKEND.TORCH))"'
+    'backend=BACKEND.{backend}))"'
 )
 RUN = {
     "gguf": "llama-cli -m model.gguf -p 'The'",
@@ -87,7 +87,9 @@ def card(
     elif target in RUN:
         # what plain transformers cannot load says so among the caveats
         ours = target == "hf" and any("import qat" in line for line in lines)
-        command = _GPTQMODEL if RUN[target] == _PLAIN and frozen.config.get("model_type") == "gpt2" else RUN[target]
+        command = RUN[target]
+        if command == _PLAIN and frozen.config.get("model_type") == "gpt2":
+            command = _GPTQMODEL.replace("{backend}", "AWQ_TORCH_ATEN" if target == "awq" else "GPTQ_TORCH")
         options = CACHE.get(frozen.config.get("kv_cache", ""), "") if target == "gguf" else ""
         lines += ["```", command.replace("{plugin}", "import qat; " if ours else "") + options, "```", ""]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from tiny_text_models import tiny as tiny_text
 
 from qat.conversion import convert, prepare
 from qat.errors import UserError
-from qat.exporters import caveats, export
+from qat.exporters import caveats, export, gptq_layout, roundings
 from qat.exporters.gguf_blocks import TYPES
 from qat.frozen import Frozen, FrozenInput
 
@@ -35,6 +35,13 @@ def test_a_folder_for_plain_transformers_is_not_written_of_them() -> None:
     assert "trained with kv_cache=float16); `import qat` first" in why
     plain = replace(frozen, config={k: v for k, v in frozen.config.items() if k != "kv_cache"})
     assert not caveats(plain, "hf")
+
+
+def test_who_cannot_load_a_folder_explains_no_figure(gpt2: Frozen) -> None:
+    plain = replace(gpt2, config={k: v for k, v in gpt2.config.items() if k not in ("gelu", "kv_cache")})
+    for target, said in (("gptq", gptq_layout.GPT2), ("hf", "plain transformers cannot read it")):
+        assert roundings(plain, target) == []
+        assert said in caveats(plain, target)[0]
 
 
 @pytest.mark.parametrize("target", ["mlx", "gptq", "awq"])

@@ -20,7 +20,7 @@ from qat.auditing import audit
 from qat.errors import UserError, VerifyError
 from qat.exporters import export, identify, target_module
 from qat.frozen import Frozen
-from qat.runtimes import environments, run
+from qat.runtimes import run
 from qat.scheme import QuantSpec, Rule
 from qat.verification import verify
 
@@ -176,17 +176,13 @@ save_file(out, sys.argv[4])
 
 
 @pytest.mark.slow
-def test_gptqmodel_computes_what_was_trained(tmp_path: Path) -> None:
+def test_gptqmodel_computes_what_was_trained(gptqmodel_python: str, tmp_path: Path) -> None:
     """Its own dequantized weights are ours rounded once to float16, and the logits those of a model with these."""
-    try:
-        python = environments.interpreter("gptqmodel")
-    except UserError as e:
-        pytest.skip(str(e))
     names = ["symmetric", "negative scales, v1", "int8 channel", "zero points", "awq", "awq symmetric, left"]
     models: dict[str, tuple[Any, Frozen]] = {n: trained("llama", GRIDS[n][1]) for n in names}
     folders = {n: str(export(models[n][1], GRIDS[n][0], tmp_path / n)) for n in names}
     save_file({str(i): ids for i, ids in enumerate(PROMPTS[:5])}, tmp_path / "prompts")
-    command = [python, "-P", "-c", RUN, str(ROOT / "qat/runtimes"), json.dumps(folders)]
+    command = [gptqmodel_python, "-P", "-c", RUN, str(ROOT / "qat/runtimes"), json.dumps(folders)]
     command += [str(tmp_path / "prompts"), str(tmp_path / "got")]
     eager = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # gptqmodel compiles its kernels for minutes
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=eager)
@@ -211,12 +207,9 @@ def test_gptqmodel_computes_what_was_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("gptqmodel_python")
 @pytest.mark.parametrize("target", ["gptq", "awq"])
 def test_text_is_generated_by_gptqmodel(target: str, tmp_path: Path) -> None:
-    try:
-        environments.interpreter("gptqmodel")
-    except UserError as e:
-        pytest.skip(str(e))
     model, frozen = trained("llama", GRIDS["symmetric"][1])  # whose weights float16 holds
     made, end = byte_level_tokenizer(), "<|endoftext|>"
     files = tokenizer_files(made, bos_token=end, eos_token=end, unk_token=end)

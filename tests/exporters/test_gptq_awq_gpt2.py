@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from qat.auditing import audit
 from qat.errors import UserError
 from qat.exporters import export, gptq_layout, target_module
 from qat.report.card import card
-from qat.runtimes import environments, run
+from qat.runtimes import run
 from qat.verification import verify
 
+UNTITLED: Any = {"title": "t", "data": "", "stages": {}, "fallback": []}
 GRIDS = {
     "symmetric": ("gptq", "int4_g128_linear"),
     "symmetric, v1": ("gptq_v1", "int4_g128_linear"),
@@ -63,13 +65,14 @@ def test_all_layers_or_none(target: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     other = {"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"]}
     assert "GPT-2's Conv1D" in str(gptq_layout.refuse("Conv1D", (64, 64), INT4, other, "gptq", (4,)))
+    assert gptq_layout.refuse("Conv1D", (64, 64), None, other, "gptq", (4,)) is None
 
 
 def test_the_card_says_how_to_load_it() -> None:
     _, frozen = trained("gpt2", rules("int4_g128_linear"))
-    lines = card(frozen, "gptq", title="t", data="", stages={}, fallback=[])
-    assert "GPTQModel.load('.'" in lines
-    assert f"> {gptq_layout.GPT2}." in lines.splitlines()
+    assert "backend=BACKEND.GPTQ_TORCH)" in card(frozen, "gptq", **UNTITLED)
+    assert "backend=BACKEND.AWQ_TORCH_ATEN)" in card(frozen, "awq", **UNTITLED)
+    assert f"> {gptq_layout.GPT2}." in card(frozen, "gptq", **UNTITLED).splitlines()
 
 
 RUN = """
@@ -101,22 +104,14 @@ save_file(out, sys.argv[4])
 """
 
 
-@pytest.fixture
-def python() -> str:
-    try:
-        return environments.interpreter("gptqmodel")
-    except UserError as e:
-        pytest.skip(str(e))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
-def test_gptqmodel_computes_what_was_trained(tied: bool, python: str, tmp_path: Path) -> None:
+def test_gptqmodel_computes_what_was_trained(tied: bool, gptqmodel_python: str, tmp_path: Path) -> None:
     """As for Llama: its weights are ours rounded once to float16, its logits those of a model with these."""
     models = {n: trained("gpt2", rules(scheme), tie_word_embeddings=tied) for n, (_, scheme) in GRIDS.items()}
     folders = {n: str(export(models[n][1], GRIDS[n][0], tmp_path / n)) for n in GRIDS}
     save_file({str(i): ids for i, ids in enumerate(PROMPTS[:5])}, tmp_path / "prompts")
-    command = [python, "-P", "-c", RUN, str(ROOT / "qat/runtimes"), json.dumps(folders)]
+    command = [gptqmodel_python, "-P", "-c", RUN, str(ROOT / "qat/runtimes"), json.dumps(folders)]
     command += [str(tmp_path / "prompts"), str(tmp_path / "got")]
     eager = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=eager)
@@ -135,7 +130,7 @@ def test_gptqmodel_computes_what_was_trained(tied: bool, python: str, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["gptq", "awq"])
-def test_text_is_generated_by_gptqmodel(target: str, python: str, tmp_path: Path) -> None:
+def test_text_is_generated_by_gptqmodel(target: str, gptqmodel_python: str, tmp_path: Path) -> None:
     model, frozen = trained("gpt2", rules("int4_g128_linear"))
     made, end = byte_level_tokenizer(), "<|endoftext|>"
     files = tokenizer_files(made, bos_token=end, eos_token=end, unk_token=end)
@@ -146,3 +141,8 @@ def test_text_is_generated_by_gptqmodel(target: str, python: str, tmp_path: Path
     answer = run("transformers_folder", path, complete=request, version="")
     assert answer["complete"] == made.decode(want[0, ids.shape[1] :].tolist())
     assert "gptqmodel 7" in answer["version"]
+    (line,) = (x for x in card(frozen, target, **UNTITLED).splitlines() if x.startswith("python -c"))
+    command = line.removeprefix("python -c ").strip('"')
+    done = subprocess.run([gptqmodel_python, "-c", command], cwd=path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "GPT2" in done.stdout

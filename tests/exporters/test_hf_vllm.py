@@ -181,4 +181,4 @@ def test_what_vllm_computes_otherwise_is_not_given_to_it(why: str) -> None:
         "llama", [rule(None, "lm_head"), REFUSED[why], rule(INT4)] if "float" in why else [REFUSED[why]]
     )
     assert why in str(compressed_tensors.why_not(frozen, torch.bfloat16))
-    assert "import qat" in hf.caveats(replace(frozen, floats={n: t.bfloat16() for n, t in frozen.floats.items()}))[0]
+    assert "import qat" in hf.readers(replace(frozen, floats={n: t.bfloat16() for n, t in frozen.floats.items()}))[0]

@@ -17,7 +17,7 @@ from qat.affine import choose_qparams, dequantize, quantize
 from qat.auditing import audit
 from qat.errors import UserError, VerifyError
 from qat.exporters import export, identify, mlx
-from qat.runtimes import environments, run
+from qat.runtimes import run
 from qat.scheme import QuantSpec, Rule
 from qat.verification import verify
 
@@ -166,14 +166,10 @@ assert "qat" not in sys.modules
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def ran(mlx_python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What MLX makes of the folders, in its own environment."""
     import subprocess
 
-    try:
-        python = environments.interpreter("mlx")
-    except UserError as e:
-        pytest.skip(str(e))
     root = tmp_path_factory.mktemp("mlx")
     models = {n: trained(*g) for n, g in GRIDS.items()}
     for name, rope in ROPES.items():
@@ -186,7 +182,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     save_file({"x": x}, root / "x.safetensors")
     asked = json.dumps({n: str(p) for n, p in folders.items()})
     names = [str(root / f"{n}.safetensors") for n in ("prompts", "got", "x")]
-    done = subprocess.run([python, "-P", "-c", MLX, asked, *names], capture_output=True, text=True, check=False)
+    done = subprocess.run([mlx_python, "-P", "-c", MLX, asked, *names], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return {"models": models, "folders": folders, "got": load_file(root / "got.safetensors"), "x": x}
 
