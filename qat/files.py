@@ -64,7 +64,7 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
 
 @contextmanager
 def _flushed_meanwhile(folder: Path) -> Generator[None]:
-    """A thread brings to the disk what is written so far, so that the last flush, which waits, has little left to do."""
+    """A thread brings to the disk what is written so far: the last flush, which waits, then has little left to do."""
     done = threading.Event()
 
     def work() -> None:
