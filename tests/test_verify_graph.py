@@ -146,6 +146,7 @@ DAMAGE: list[tuple[str, Change, str]] = [
     ("llama3", constant("/rope/frequencies", lambda x: np.append(x[:-1], x[-1:] * 8)), "constant /rope/frequencies[7]"),
     ("llama", constant(MASK, lambda x: x * 0), "is -0.0 in the file, not -3.4028235e+38"),
     ("llama", attribute(f"{Q}/attention", "kv_num_heads", 4), "kv_num_heads is 4 in the file, not 2"),
+    ("llama", attribute(f"{Q}.q_proj", "bits", 4.0), "the type of bits is FLOAT in the file, not INT"),
     ("llama", attribute(f"{Q}/attention", "scale", 0.5), f"node {Q}/attention: scale is 0.5 in the file, not 0.25"),
     ("llama", attribute(f"{Q}/rotate_q", "num_heads", 2), "num_heads is 2 in the file, not 4"),
     ("llama", wire(f"{Q}/rotate_q", 0, f"{Q}.k_proj:MatMulNBits"), f"node {Q}/rotate_q: input 0 is {Q}.k_proj:MatMul"),

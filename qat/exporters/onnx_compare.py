@@ -12,6 +12,7 @@ import numpy as np
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 CLOSE = 1e-6  # relative, of tables: another processor may have computed their last bits otherwise
+_ABSENT = AttributeProto.UNDEFINED, None
 
 
 def difference(have: ModelProto, want: ModelProto, folder: Path) -> list[str]:
@@ -55,7 +56,7 @@ def _node(have: NodeProto, want: NodeProto) -> str | None:
                 return _not(f"{what} {i}", one, other)
     x, y = ({k.name: (k.type, helper.get_attribute_value(k)) for k in n.attribute} for n in (have, want))
     for k in sorted({*x, *y}):
-        (kind, value), (other, wanted) = x.get(k, (None, None)), y.get(k, (None, None))
+        (kind, value), (other, wanted) = x.get(k, _ABSENT), y.get(k, _ABSENT)
         if value != wanted:
             return _not(k, value, wanted)
         if kind != other:  # to Python 1 is 1.0
