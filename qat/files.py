@@ -45,8 +45,7 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
     temp = _sibling(path)
     temp.mkdir()
     try:
-        with _flushed_meanwhile(temp):
-            yield temp
+        yield temp
         _flush_files(temp)
         if shared:
             _rename_unless_there(temp, path)
@@ -63,8 +62,11 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
 
 
 @contextmanager
-def _flushed_meanwhile(folder: Path) -> Generator[None]:
-    """A thread brings to the disk what is written so far: the last flush, which waits, then has little left to do."""
+def flushed_meanwhile(folder: Path) -> Generator[None]:
+    """A thread brings to the disk what is written so far: the last flush, which waits, then has little left to do.
+
+    For folders of few large files: all of them are looked at four times a second.
+    """
     done = threading.Event()
 
     def work() -> None:

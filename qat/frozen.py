@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError, understood
-from qat.files import atomic_folder, read_manifest, write_manifest
+from qat.files import atomic_folder, flushed_meanwhile, read_manifest, write_manifest
 from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
 from qat.streams import Later, info, raw, stored, write
 
@@ -197,7 +197,7 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
             yield name, tensor
             digests[name] = made.result()
 
-    with atomic_folder(path) as folder, ThreadPoolExecutor(1) as beside:
+    with atomic_folder(path) as folder, flushed_meanwhile(folder), ThreadPoolExecutor(1) as beside:
         write(folder / "tensors.safetensors", {n: info(t) for n, t in blank.tensors()}, noted(beside))
         (folder / "frozen.json").write_text(json.dumps(meta, indent=1))
         for name, content in blank.tokenizer.items():

@@ -28,8 +28,8 @@ def rehearse(
     norm: str | None = None,
 ) -> None:
     """Raise UserError for settings of the quantizer or observer that they refuse, static inputs without calibration,
-    weights that are not finite or overflow their stored scales, and a gelu, kv_cache or norm that it
-    cannot have.
+    weights that are not finite or overflow their stored scales, and a gelu, kv_cache or norm that it cannot
+    have.
 
     weight, observer: as `prepare` takes them; each is tried once for every spec, on the first blocks of a weight. The
     range of every weight is looked at, at the cost of reading it twice.

@@ -40,6 +40,15 @@ def test_the_bytes_are_the_librarys(tmp_path: Path) -> None:
         read["another"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_small_tensors_that_are_kept_hold_no_open_files(tmp_path: Path) -> None:
+    save_file({str(i): torch.full((8,), float(i)) for i in range(100)}, tmp_path / "f")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    held = list(stored(tmp_path / "f").values())
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert sorted(t[0].item() for t in held) == list(range(100))
+
+
 def test_a_tensor_that_is_not_as_announced_or_does_not_come_is_an_error(tmp_path: Path) -> None:
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="a was announced and did not come"):
