@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.rounding import cast, cast_normal, round_to
+from qat.rounding import cast, cast_normal, round_
 from qat.scheme import Block, QuantSpec, check_block, stored_dtype
 
-STRIP = 131072  # elements that `quantize` handles at a time
+STRIP = 262144  # elements that `quantize` handles at a time, for each thread
 
 
 class QParams(NamedTuple):
@@ -98,11 +98,17 @@ def block_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 def _extreme(t: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Of each (r, c) the value of largest magnitude; of equal ones the first decides the sign, as in ggml."""
-    extreme, anywhere = torch.where(high > -low, high, low), torch.compiler.is_compiling() or t.device.type != "cpu"
+    extreme, anywhere = _larger(low, high), torch.compiler.is_compiling() or t.device.type != "cpu"
     tied = ... if anywhere else ((high == -low) & (high != 0)).nonzero(as_tuple=True)  # ten times as fast
     flat = t[tied].flatten(-2)
     extreme[tied] = flat.gather(-1, flat.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return extreme
+
+
+def _larger(low: Tensor, high: Tensor) -> Tensor:
+    """The one of larger magnitude, low of equal ones. Without a choice by element: signs that nobody can predict cost a
+    CPU ten times the arithmetic."""
+    return torch.maximum(high, -low).copysign(-(-low - high))
 
 
 def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
@@ -114,11 +120,11 @@ def qparams_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     if spec.range == "absmax":
         scale = torch.maximum(high, -low) / q.qmax
     elif spec.range == "one_signed":
-        scale = torch.where(high > -low, high, low) / q.qmax
+        scale = _larger(low, high) / q.qmax
     elif spec.range == "absmax_half":
         scale = torch.maximum(high, -low) / ((q.qmax - q.qmin) / 2)
     elif spec.range == "signed_max":
-        scale = torch.where(high > -low, high, low) / q.qmin
+        scale = _larger(low, high) / q.qmin
     elif spec.range in ("minmax", "minmax_zero"):
         if spec.range == "minmax_zero":
             low = low.clamp(max=0.0)
@@ -171,8 +177,13 @@ def _spread(t: Tensor) -> Tensor:
     return t[..., None, None]
 
 
-def quotients(x: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """x (R, C) -> what is rounded, tiled float32, with the bounds it is clamped to: codes less the zero point."""
+def quotients(
+    x: Tensor, qparams: QParams, spec: QuantSpec, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    """x (R, C) -> what is rounded, tiled float32, with the bounds it is clamped to: codes less the zero point.
+
+    out: a tiled float32 tensor for the first, which is a new one otherwise.
+    """
     q = spec.type
     scale = qparams.scale.float() if qparams.exact_scale is None else qparams.exact_scale
     y = tile(x.float(), spec.block)
@@ -185,24 +196,23 @@ def quotients(x: Tensor, qparams: QParams, spec: QuantSpec) -> tuple[Tensor, Ten
     elif spec.offset is not None:
         exact = qparams.exact_offset if qparams.exact_offset is not None else qparams.offset
         assert exact is not None
-        y = y - _spread(exact.float())
-    if spec.divide.startswith("reciprocal"):
-        return y * _spread(scale), low, high
-    y = y * _spread(1.0 / scale) if spec.divide.endswith("inverse") else y / _spread(scale)
-    return y, low, high
+        y = torch.sub(y, _spread(exact.float()), out=out)
+    if spec.divide.endswith("inverse"):
+        return torch.mul(y, _spread(1.0 / scale), out=out), low, high
+    return (torch.mul if spec.divide.startswith("reciprocal") else torch.div)(y, _spread(scale), out=out), low, high
 
 
 def _steps(y: Tensor, low: Tensor | float, high: Tensor | float, spec: QuantSpec) -> Tensor:
     # the bounds are integers, so clamping before rounding gives the same codes as after
-    return round_to(y.clamp(low, high), spec.rounding, spec.type.qmin)  # pyright: ignore
+    return round_(y.clamp(low, high), spec.rounding, spec.type.qmin)  # pyright: ignore
 
 
-def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-    """x (R, C) -> tiled float32 codes."""
-    y, low, high = quotients(x, qparams, spec)
+def to_codes(x: Tensor, qparams: QParams, spec: QuantSpec, out: Tensor | None = None) -> Tensor:
+    """x (R, C) -> tiled float32 codes, in `out` (tiled float32) if that is given."""
+    y, low, high = quotients(x, qparams, spec, out)
     if spec.offset != "zero_point" or qparams.offset is None:
-        return _steps(y, low, high, spec)
-    steps = round_to(y, spec.rounding, spec.type.qmin)  # clamped last, where the bounds are numbers, which is faster
+        return round_(y.clamp_(low, high), spec.rounding, spec.type.qmin)  # pyright: ignore
+    steps = round_(y, spec.rounding, spec.type.qmin)  # clamped last, where the bounds are numbers, which is faster
     return steps.add_(_spread(qparams.offset.float())).clamp_(spec.type.qmin, spec.type.qmax)
 
 
@@ -257,29 +267,43 @@ def fake_quantize(x: Tensor, qparams: QParams, spec: QuantSpec, edge: float = 0.
     return typing.cast(Tensor, _FakeQuantize.apply(x, *qparams, spec, edge))  # pyright: ignore[reportUnknownMemberType]
 
 
-def refuse_infinite(x: Tensor, qparams: QParams, spec: QuantSpec) -> None:
-    """Raise ValueError if x or its grid is not finite."""
-    if x.numel() and not all(torch.isfinite(end) for end in x.aminmax()):  # in one pass, without a copy; NaN spreads
+def refuse_infinite(x: Tensor, qparams: QParams, spec: QuantSpec, derived: bool = False) -> None:
+    """Raise ValueError if x or its grid is not finite. derived: as of `quantize`."""
+    scale, offset = (t is None or _finite(t) for t in (qparams.scale, qparams.offset))
+    if derived and scale and offset:
+        return
+    if not _finite(x):
         raise ValueError("the tensor holds NaN or infinity")
-    if not torch.isfinite(qparams.scale).all():
+    if not scale:
         raise ValueError(f"a scale is beyond the range of {spec.scale}: store scales as float32 or bfloat16")
-    if qparams.offset is not None and not torch.isfinite(qparams.offset).all():
+    if not offset:
         raise ValueError(f"an offset is beyond the range of {spec.offset}: store offsets as float32 or bfloat16")
 
 
-def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> QTensor:
-    """x (R, C) -> codes. Raises ValueError if x or its grid is not finite."""
-    refuse_infinite(x, qparams, spec)
+def _finite(t: Tensor) -> bool:
+    """In one pass, without a copy; NaN spreads."""
+    return not t.numel() or all(bool(torch.isfinite(end)) for end in t.detach().aminmax())
+
+
+def quantize(x: Tensor, qparams: QParams, spec: QuantSpec, derived: bool = False) -> QTensor:
+    """x (R, C) -> codes. Raises ValueError if x or its grid is not finite.
+
+    derived: `qparams` is `choose_qparams(x, spec)`, which is finite only if x is: x is not looked through again.
+    """
+    refuse_infinite(x, qparams, spec, derived)
     x = x.detach()
     codes = torch.empty(x.shape, dtype=spec.type.storage, device=x.device)
     r, _ = check_block((x.shape[0], x.shape[1]), spec.block)
     whole = spec.block[0] == -1
-    step = max(1, STRIP // max(1, x.shape[1]))
+    step = max(1, STRIP * torch.get_num_threads() // max(1, x.shape[1]))
     step = step if whole else max(r, step // r * r)
+    buffer = torch.empty(min(step, x.shape[0]), x.shape[1], device=x.device)
     for i in range(0, x.shape[0], step):  # strips that stay in cache, without a fresh page for every step
         at = slice(None) if whole else slice(i // r, (i + step) // r)
         part = QParams(*(None if t is None else t[at] for t in qparams))  # pyright: ignore[reportArgumentType]
-        codes[i : i + step] = untile(to_codes(x[i : i + step], part, spec))
+        strip = x[i : i + step]
+        held = tile(buffer[: len(strip)], spec.block)
+        codes[i : i + step] = untile(to_codes(strip, part, spec, held))
     offset = None if qparams.offset is None else qparams.offset.detach().contiguous()
     # a learned scale holds the stored value in float32, for its gradient
     return QTensor(codes, qparams.scale.detach().to(stored_dtype(spec.scale)).contiguous(), offset, spec)

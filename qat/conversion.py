@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.affine import quantize
 from qat.auditing import audit
 from qat.errors import UserError
 from qat.frozen import Frozen, FrozenInput, FrozenWeight, blank, open_frozen, write_frozen
@@ -196,7 +195,7 @@ def _decided(name: str, layer: QuantLayer) -> FrozenWeight:
     with torch.no_grad():
         matrix = layer.canonical(layer.weight.detach())
         try:
-            tensor = quantize(matrix, layer.weight_quantizer.qparams(matrix), layer.weight_quantizer.spec)
+            tensor = layer.weight_quantizer.quantize(matrix)
         except ValueError as e:
             raise UserError(f"{name}: {e}") from e
     return FrozenWeight(tensor, layer.kind, tuple(layer.weight.shape))

@@ -189,23 +189,33 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
-    """Write manifest.json: `extra` and, under "files", the SHA-256 and size of every other file in the folder."""
+def write_manifest(folder: Path, extra: dict[str, Any], covered: str = "") -> None:
+    """Write manifest.json: `extra` and, under "files", the SHA-256 and size of every other file in the folder.
+
+    covered: the file whose tensors `extra` has digests of; of that one the size alone.
+    """
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
-    entries = {str(f.relative_to(folder)): {"sha256": sha256(f), "bytes": f.stat().st_size} for f in files}
+    entries: dict[str, dict[str, Any]] = {str(f.relative_to(folder)): {"bytes": f.stat().st_size} for f in files}
+    for name in entries.keys() - {covered}:
+        entries[name]["sha256"] = sha256(folder / name)
     (folder / MANIFEST).write_text(json.dumps({**extra, "files": entries}, indent=1, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, every file it lists checked. Raises VerifyError naming the first that is missing or differs."""
+    """The manifest, every file it lists checked; of one without SHA-256, which has digests of its tensors, the size.
+
+    Raises VerifyError naming the first that is missing or differs.
+    """
     with understood(folder / MANIFEST):
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        digests = {name: str(entry["sha256"]) for name, entry in manifest["files"].items()}
+        files = {name: (int(entry["bytes"]), entry.get("sha256")) for name, entry in manifest["files"].items()}
         manifest |= {"kind": str(manifest["kind"]), "tensors": dict(manifest["tensors"])}
-    for name, said in digests.items():
+    for name, (size, said) in files.items():
         file = folder / name
         if not file.is_file():
             raise VerifyError(f"{file} is listed in the manifest but missing")
-        if sha256(file) != said:
+        if file.stat().st_size != size:
+            raise VerifyError(f"{file} is not the file in the manifest: it has {file.stat().st_size} bytes, not {size}")
+        if said is not None and sha256(file) != said:
             raise VerifyError(f"{file} is not the file in the manifest: its SHA-256 differs")
     return manifest

@@ -1,14 +1,13 @@
 """Frozen: the codes, scales and floats that were decided once, and all that an exporter or `verify` may read.
 
 On disk: `tensors.safetensors` (`NAME.codes`, `NAME.scale`, `NAME.offset`; floats under their own name), `frozen.json`
-(specs, kinds, shapes, inputs, ties, model config), `tokenizer/`, and `manifest.json` (SHA-256 of every file and a
-digest of every tensor).
+(specs, kinds, shapes, inputs, ties, model config), `tokenizer/`, and `manifest.json` (a digest of every tensor, and
+SHA-256 of every other file).
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError, understood
 from qat.files import atomic_folder, flushed_meanwhile, read_manifest, write_manifest
 from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
-from qat.streams import Later, info, raw, stored, write
+from qat.streams import Behind, Later, Writer, info, raw, stored
 
+TENSORS = "tensors.safetensors"
 _PARTS = ("codes", "scale", "offset")
 
 
@@ -120,26 +120,20 @@ class Frozen:
         path = Path(path)
         if not (path / "frozen.json").is_file():
             raise UserError(f"{path} is not a frozen folder: it has no frozen.json; give RUN/frozen or RUN")
-        with ThreadPoolExecutor(1) as beside:  # SHA-256 lets other threads run
-            tensors = beside.submit(_digested, path)
-            manifest = read_manifest(path)  # what it refuses is said first
-            frozen, found = tensors.result()
+        manifest = read_manifest(path)
+        with understood(path):
+            frozen = open_frozen(path)
+            found = _digests(frozen.tensors(), threads=2)
         for name, value in found.items():
             if manifest["tensors"].get(name) != value:
-                raise VerifyError(f"{path}: tensor {name} is not the one in the manifest")
+                raise VerifyError(f"{path / TENSORS}: {name} is not the tensor in the manifest")
         frozen._checked = found, frozen.weights, frozen.floats
         return frozen
 
 
-def _digested(path: Path) -> tuple[Frozen, dict[str, str]]:
-    with understood(path):
-        frozen = open_frozen(path)
-        return frozen, frozen.digests()
-
-
 def open_frozen(path: Path) -> Frozen:
     """What `Frozen.load` returns, unchecked: for a folder that this process has just written."""
-    tensors = stored(path / "tensors.safetensors")
+    tensors = stored(path / TENSORS)
     meta = json.loads((path / "frozen.json").read_text())
     specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
 
@@ -177,6 +171,22 @@ def digest(t: Tensor) -> str:
     return made.hexdigest()
 
 
+def _digests(tensors: Iterable[tuple[str, Tensor]], threads: int = 1, put: Behind | None = None) -> dict[str, str]:
+    """`digest` of each, by so many threads; `put` is given each as well."""
+    found: dict[str, str] = {}
+
+    def work(name: str, tensor: Tensor) -> None:
+        found[name] = digest(tensor)
+
+    with Behind(work, threads) as behind:
+        for name, tensor in tensors:
+            found[name] = ""  # keeps their order
+            behind(name, tensor)
+            if put is not None:
+                put(name, tensor)
+    return found
+
+
 def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write the folder of `blank` (`Frozen.blank`) atomically from its tensors, which come one at a time."""
     meta = {
@@ -189,21 +199,15 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
         "ties": blank.ties,
         "config": blank.config,
     }
-    digests: dict[str, str] = {}
-
-    def noted(beside: ThreadPoolExecutor) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors:
-            made = beside.submit(digest, tensor)  # while the tensor is written
-            yield name, tensor
-            digests[name] = made.result()
-
-    with atomic_folder(path) as folder, flushed_meanwhile(folder), ThreadPoolExecutor(1) as beside:
-        write(folder / "tensors.safetensors", {n: info(t) for n, t in blank.tensors()}, noted(beside))
+    with atomic_folder(path) as folder, flushed_meanwhile(folder):
+        infos = {n: info(t) for n, t in blank.tensors()}
+        with Writer(folder / TENSORS, infos) as writer, Behind(writer.put) as put:
+            digests = _digests(tensors, put=put)
         (folder / "frozen.json").write_text(json.dumps(meta, indent=1))
         for name, content in blank.tokenizer.items():
             (folder / "tokenizer").mkdir(exist_ok=True)
             (folder / "tokenizer" / name).write_bytes(content)
-        write_manifest(folder, {"kind": "frozen", "tensors": digests})
+        write_manifest(folder, {"kind": "frozen", "tensors": digests}, covered=TENSORS)
 
 
 def blank(shape: tuple[int, int], spec: QuantSpec) -> QTensor:

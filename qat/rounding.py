@@ -8,16 +8,16 @@ from qat.scheme import STORED
 PORTABLE_MIN = 2.0**-14  # float16's smallest normal number
 
 
-def round_to(y: Tensor, rounding: str, qmin: int) -> Tensor:
-    """Integers nearest to y (float32) under the named rule of `QuantSpec.rounding`."""
+def round_(y: Tensor, rounding: str, qmin: int) -> Tensor:
+    """Round y (float32), in place, to the nearest integers under the named rule of `QuantSpec.rounding`; returns y."""
     if rounding == "half_even":
-        return y.round()
+        return y.round_()
     if rounding == "toward_zero":
-        return y.trunc()
+        return y.trunc_()
     if rounding == "half_up":  # ggml adds 8.5 and truncates: the sum is rounded to float32, on purpose
-        return (y + (0.5 - qmin)).floor() + qmin
+        return y.add_(0.5 - qmin).floor_().add_(qmin)
     whole = y.trunc()  # half away from zero, as C's roundf: adding 0.5 would round 0.49999997 up
-    return whole + torch.where((y - whole).abs() >= 0.5, y.sign(), torch.zeros_like(y))
+    return y.copy_(whole + torch.where((y - whole).abs() >= 0.5, y.sign(), torch.zeros_like(y)))
 
 
 def cast(value: Tensor, dtype: str) -> Tensor:
@@ -41,8 +41,7 @@ def cast(value: Tensor, dtype: str) -> Tensor:
 def cast_normal(value: Tensor, dtype: str) -> Tensor:
     """The same with a magnitude of at least the dtype's smallest normal number."""
     tiny = PORTABLE_MIN if dtype == "portable" else torch.finfo(STORED[dtype]).tiny
-    sign = torch.where(value < 0, -1.0, 1.0)
-    clamped = torch.where(value.abs() < tiny, sign * tiny, value)  # NaN passes, to be reported by `quantize`
+    clamped = value.abs().clamp(min=tiny).copysign(value)  # NaN passes, to be reported by `quantize`
     return cast(clamped, dtype)
 
 

@@ -6,7 +6,9 @@ The library writes from a dict of every tensor. `Writer` makes the same bytes (h
 
 import json
 import mmap
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -144,8 +146,27 @@ class Writer:
             raise ValueError(f"{next(iter(self.places))} was announced and did not come")
 
 
-def write(path: Path, infos: Mapping[str, Info], tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write one file from tensors that come one by one. Raises ValueError as `Writer` does."""
-    with Writer(path, infos) as writer:
-        for name, tensor in tensors:
-            writer.put(name, tensor)
+class Behind:
+    """A function that other threads call while its next arguments are made: writing and hashing let threads run.
+
+    Of one thread, the calls keep their order. No more calls wait than there are threads, so that no more is in memory.
+    The first error is raised by a later call or at the end.
+    """
+
+    def __init__(self, use: Callable[..., object], threads: int = 1) -> None:
+        self.use, self.threads = use, threads
+        self.pool = ThreadPoolExecutor(threads)
+        self.waiting: deque[Future[object]] = deque()
+
+    def __call__(self, *given: Any) -> None:
+        if len(self.waiting) == self.threads:
+            self.waiting.popleft().result()
+        self.waiting.append(self.pool.submit(self.use, *given))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.pool.shutdown()
+        while self.waiting and error is None:
+            self.waiting.popleft().result()

@@ -28,7 +28,7 @@ from qat.exporters import (
 )
 from qat.exporters.gguf_models import same_model
 from qat.exporters.hf_folder import float_dtype, read_config
-from qat.files import FAILED, read_manifest
+from qat.files import FAILED
 from qat.frozen import Frozen
 from qat.rescue import float_original, is_ours, source
 from qat.rescue_gguf import tokenizer_difference, vocabulary_difference
@@ -206,5 +206,5 @@ def verify_run(run_dir: Path, *, against: Path | None = None, runtime: bool = Tr
     folders = sorted(p for p in found if FAILED not in p.name)
     if not folders:
         raise UserError(f"{run_dir} has no export to verify; write one with: qat export {run_dir} --to gguf")
-    read_manifest(Path(run_dir) / "frozen")
+    Frozen.load(Path(run_dir) / "frozen")
     return {p.name: verify(p, against=against, runtime=runtime) for p in folders}

@@ -19,7 +19,7 @@ from qat.affine import (
     fake_quantize,
     qparams_from_range,
     quantize,
-    round_to,
+    round_,
     store_scale,
     tile,
     untile,
@@ -92,7 +92,7 @@ def test_roundings_at_every_tie_and_its_neighbours(rounding: str) -> None:
     ties = np.arange(-16, 16, dtype=np.float32) + np.float32(0.5)
     y = np.concatenate([ties, np.nextafter(ties, np.float32(99)), np.nextafter(ties, np.float32(-99))])
     y = np.concatenate([y, np.float32([0.49999997, -0.49999997, 0.0])])
-    got = round_to(torch.from_numpy(y), rounding, -8).numpy()
+    got = round_(torch.from_numpy(y.copy()), rounding, -8).numpy()
     exact = y.astype(np.float64)
     want = {
         "half_even": np.rint(exact),
@@ -245,3 +245,13 @@ def golden_digests(spec: QuantSpec) -> dict[str, str]:
 @pytest.mark.parametrize("entry", json.loads(GOLDENS.read_text()) if GOLDENS.exists() else [], ids=lambda e: e["label"])
 def test_a_million_elements_equal_the_goldens(entry: dict) -> None:
     assert golden_digests(QuantSpec.from_dict(entry["spec"])) == entry["sha256"]
+
+
+@given(spec=st.sampled_from(SPECS), wrong=st.sampled_from([np.nan, np.inf, -np.inf]), at=st.integers(0, 255))
+@settings(deadline=None, max_examples=500)
+def test_a_grid_derived_from_what_is_not_finite_is_not_finite(spec: QuantSpec, wrong: float, at: int) -> None:
+    """What `quantize(derived=True)` relies on."""
+    x = torch.from_numpy(make("normal", 0))
+    x.view(-1)[at] = wrong
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        quantize(x, choose_qparams(x, spec), spec, derived=True)

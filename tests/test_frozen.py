@@ -10,7 +10,6 @@ from test_conversion import GPT2_RULES, STATIC, cnn, gpt2
 
 from qat.conversion import calibrate, convert, prepare
 from qat.errors import UserError, VerifyError
-from qat.files import sha256
 from qat.frozen import Frozen, digest
 from qat.scheme import QuantSpec, Rule, Scheme
 
@@ -96,15 +95,11 @@ def test_missing_and_truncated_files_are_found(folder: Path) -> None:
         Frozen.load(folder)
 
 
-def test_tensors_that_are_not_the_manifests_are_found(frozen: Frozen, folder: Path) -> None:
-    """Consistent files, but another tensor: the digests of tensors are a check of their own."""
+def test_tensors_that_are_not_the_manifests_are_found(folder: Path) -> None:
     content = bytearray((folder / "tensors.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "tensors.safetensors").write_bytes(content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["tensors.safetensors"]["sha256"] = sha256(folder / "tensors.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(VerifyError, match=r"tensor .* is not the one in the manifest"):
+    with pytest.raises(VerifyError, match="is not the tensor in the manifest"):
         Frozen.load(folder)
 
 

@@ -17,7 +17,7 @@ from qat.errors import UserError
 from qat.exporters import export
 from qat.frozen import Frozen
 from qat.scheme import Rule, Scheme
-from qat.streams import NAMES, Writer, info, stored, write
+from qat.streams import NAMES, Writer, info, stored
 
 TENSORS = {
     **{f"é/{i}": torch.arange(5).to(torch.float32).to(dtype) for i, dtype in enumerate(NAMES)},
@@ -51,11 +51,11 @@ def test_small_tensors_that_are_kept_hold_no_open_files(tmp_path: Path) -> None:
 
 def test_a_tensor_that_is_not_as_announced_or_does_not_come_is_an_error(tmp_path: Path) -> None:
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="a was announced and did not come"):
-        write(tmp_path / "f", {"a": info(x)}, [])
+    with pytest.raises(ValueError, match="a was announced and did not come"), Writer(tmp_path / "f", {"a": info(x)}):
+        pass
     for wrong in (x.t(), x.half()):
-        with pytest.raises(ValueError, match="was announced as"):
-            write(tmp_path / "f", {"a": info(x)}, [("a", wrong)])
+        with pytest.raises(ValueError, match="was announced as"), Writer(tmp_path / "f", {"a": info(x)}) as writer:
+            writer.put("a", wrong)
 
 
 def growth(work: Callable[[], object]) -> int:

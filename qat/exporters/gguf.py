@@ -36,7 +36,7 @@ from qat.exporters.gguf_tokenizer import known_difference, refuse_tokenizer, wri
 from qat.exporters.hf_layout import CONV1D
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import GELUS, KV_CACHES, QuantSpec, Scheme
-from qat.streams import Later
+from qat.streams import Behind, Later
 
 RUNTIME = "llama_cpp"
 __all__ = [
@@ -189,12 +189,13 @@ def export(frozen: Frozen, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, value in floats.items():
-        writer.write_tensor_data(_float_array(name, _reordered(value, family.row_order(name, config)), family))
-    for name, w in frozen.weights.items():
-        order = family.row_order(name, config)
-        data = _type(w).pack(w.tensor)
-        writer.write_tensor_data(data if order is None else data[order.numpy()])
+    with Behind(writer.write_tensor_data) as write:
+        for name, value in floats.items():
+            write(_float_array(name, _reordered(value, family.row_order(name, config)), family))
+        for name, w in frozen.weights.items():
+            order = family.row_order(name, config)
+            data = _type(w).pack(w.tensor)
+            write(data if order is None else data[order.numpy()])
     writer.close()
 
 

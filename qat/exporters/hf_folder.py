@@ -21,7 +21,7 @@ from qat.errors import UserError, VerifyError, understood
 from qat.exporters.hf_layout import describe, narrow
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec, check_block, stored_dtype
-from qat.streams import Writer, info
+from qat.streams import Behind, Writer, info
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -71,8 +71,9 @@ def write(
     files = split.filename_to_tensors.items()
     with ExitStack() as stack:
         parts = {f: stack.enter_context(Writer(path / f, {n: infos[n] for n in names}, header)) for f, names in files}
+        put = stack.enter_context(Behind(lambda name, tensor: parts[split.tensor_to_filename[name]].put(name, tensor)))
         for name, tensor in tensors(frozen):
-            parts[split.tensor_to_filename[name]].put(name, tensor)
+            put(name, tensor)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")

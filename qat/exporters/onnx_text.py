@@ -19,6 +19,7 @@ from qat.exporters.onnx_stream import OnnxWriter
 from qat.exporters.onnx_text_graph import MICROSOFT, TextGraph
 from qat.frozen import Frozen
 from qat.scheme import QuantSpec, Scheme
+from qat.streams import Behind
 
 FAMILIES: dict[str, ModuleType] = {
     "bert": onnx_bert,
@@ -73,8 +74,8 @@ def export(frozen: Frozen, path: Path) -> None:
     first = header(frozen)  # nodes and shapes, then all once more for the numbers
     infos = {t.name: TensorProto(name=t.name, dims=t.dims, data_type=t.data_type) for t in first.graph.initializer}
     first.graph.ClearField("initializer")
-    with OnnxWriter(path, first, infos) as writer:
-        _built(TextGraph(frozen, writer.put), family)
+    with OnnxWriter(path, first, infos) as writer, Behind(writer.put) as put:
+        _built(TextGraph(frozen, put), family)
     onnx.checker.check_model(str(path))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.affine import QParams, tile
-from qat.rounding import round_to
+from qat.rounding import round_
 from qat.scheme import Block, QuantSpec, check_block
 
 ELEMENTS = 131072  # half a megabyte of float32, for each thread
@@ -98,9 +98,7 @@ class Grid:
         return self.rounded_(out)
 
     def rounded_(self, y: Tensor) -> Tensor:
-        if self.spec.rounding == "half_even":
-            return y.round_()
-        return y.copy_(round_to(y, self.spec.rounding, self.spec.type.qmin))
+        return round_(y, self.spec.rounding, self.spec.type.qmin)
 
     def values_(self, c: Chunk, steps: Tensor) -> Tensor:
         steps.mul_(c.scales(self.scale))

@@ -16,11 +16,13 @@ class FakeQuantize(nn.Module):
     edge: how far beyond the codes, in steps, the weight still gets a gradient (see `affine.fake_quantize`).
     covers: no value of the tensor can lie beyond the edge, so every one gets its gradient.
     row_local: the grid of a row depends on nothing but that row, so a lookup may quantize only the rows it reads.
+    derived: `qparams` is always `choose_qparams` (see `affine.quantize`).
     """
 
     edge: float = 0.5
     covers: bool = False
     row_local: bool = False
+    derived: bool = False
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
@@ -41,7 +43,7 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def quantize(self, x: Tensor) -> QTensor:
         """The codes of x (R, C). Raises ValueError if x is not finite."""
-        return quantize(x, self.qparams(x), self.spec)
+        return quantize(x, self.qparams(x), self.spec, self.derived)
 
     def dequantized(self, x: Tensor) -> Tensor:
         """The float32 values that the codes of x (R, C) stand for, whether or not `enabled`."""

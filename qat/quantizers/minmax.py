@@ -10,6 +10,8 @@ from qat.scheme import QuantSpec
 class MinMax(FakeQuantize):
     """Stateless. tensor: ignored; every weight quantizer is constructed as `factory(spec, tensor)`."""
 
+    derived = True
+
     def __init__(self, spec: QuantSpec, tensor: Tensor | None = None) -> None:
         super().__init__(spec)
         self.row_local = spec.block[0] == 1
