@@ -32,21 +32,21 @@ def prepare(
     observer: Callable[[], Observer] = MinMaxObserver,
     gelu: str | None = None,
     kv_cache: str | None = None,
-    norm: str | None = None,
+    kernels: str | None = None,
 ) -> nn.Module:
     """Replace, in place, every layer that a rule gives a scheme; returns the model.
 
     Call it before the optimiser is made and before a checkpoint is loaded: learned scales are parameters. Weights
     keep their names and their identity. weight(spec, tensor (out, in)) makes the weight quantizers; observer() the
     ranges of static inputs. gelu="float16_table" replaces GELU by llama.cpp's (`qat.modules.gelu`); kv_cache, one of
-    KV_CACHES, computes attention as over its cache (`qat.modules.attention`); norm, one of NORMS, evaluates norms as
-    that runtime's kernels do (`qat.modules.norm`). All are noted in the model's config.
+    KV_CACHES, computes attention as over its cache (`qat.modules.attention`); kernels, one of KERNELS, evaluates
+    norms and activations as that runtime's do (`qat.modules.norm`, `.activation`). All are noted in the model's config.
     Raises UserError as `audit` does, or if the model is prepared already; the model is then as it was.
     """
     if any(isinstance(m, QuantLayer) for m in model.modules()):
         raise UserError("this model is prepared already; prepare a float model, once")
     rows = audit(model, rules).rows
-    refuse_numerics(model, gelu, kv_cache, norm)
+    refuse_numerics(model, gelu, kv_cache, kernels)
     replaced: list[tuple[str, str, nn.Module]] = []  # all at the end: a refused model stays as it was
     shared: dict[int, FakeQuantize] = {}  # one quantizer for each tied tensor
     inputs: dict[tuple[str, int], FakeQuantize] = {}
@@ -75,7 +75,7 @@ def prepare(
         replaced.append((parent, leaf, new))
     for parent, leaf, new in replaced:
         setattr(model.get_submodule(parent), leaf, new)
-    use_numerics(model, gelu, kv_cache, norm)
+    use_numerics(model, gelu, kv_cache, kernels)
     return model
 
 

@@ -25,16 +25,16 @@ def rehearse(
     calibration_batches: int,
     gelu: str | None = None,
     kv_cache: str | None = None,
-    norm: str | None = None,
+    kernels: str | None = None,
 ) -> None:
     """Raise UserError for settings of the quantizer or observer that they refuse, static inputs without calibration,
-    weights that are not finite or overflow their stored scales, and a gelu, kv_cache or norm that it cannot
+    weights that are not finite or overflow their stored scales, and a gelu, kv_cache or kernels that it cannot
     have.
 
     weight, observer: as `prepare` takes them; each is tried once for every spec, on the first blocks of a weight. The
     range of every weight is looked at, at the cost of reading it twice.
     """
-    refuse_numerics(model, gelu, kv_cache, norm)
+    refuse_numerics(model, gelu, kv_cache, kernels)
     tried: set[QuantSpec] = set()
     for row in audited.rows:
         _refuse_input(row, rules, observer, calibration_batches)

@@ -232,8 +232,8 @@ KvCache = Literal["float16", "float16_flash", "int8"]  # llama.cpp's; see qat.mo
 KV_CACHES: tuple[str, ...] = get_args(KvCache)
 Gelu = Literal["float16_table"]  # llama.cpp's on a CPU; see qat.modules.gelu
 GELUS: tuple[str, ...] = get_args(Gelu)
-Norm = Literal["ggml", "onnxruntime"]  # whose kernels compute norms; see qat.modules.norm
-NORMS: tuple[str, ...] = get_args(Norm)
+Kernels = Literal["ggml", "onnxruntime"]  # whose compute norms and activations; see qat.modules.norm and .activation
+KERNELS: tuple[str, ...] = get_args(Kernels)
 
 
 class Numerics(TypedDict):
@@ -242,4 +242,4 @@ class Numerics(TypedDict):
     rules: list[Rule]
     gelu: NotRequired[Gelu | None]
     kv_cache: NotRequired[KvCache | None]
-    norm: NotRequired[Norm | None]
+    kernels: NotRequired[Kernels | None]

@@ -1,6 +1,7 @@
-"""ggml's own C functions out of the xllamacpp wheel: how llama.cpp itself quantizes, reads back and norms a matrix."""
+"""ggml's own C functions out of the xllamacpp wheel: llama.cpp's own quantizers, norms and activations."""
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -52,8 +53,9 @@ def _call(name: str, *arguments: Any, gives: Any = ctypes.c_void_p) -> Any:
     return function(*arguments)
 
 
-def norm(name: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> np.ndarray:
-    """ggml_norm or ggml_rms_norm of float32 [N, C] times weight [C], plus bias, as ggml's CPU backend computes it."""
+def _computed(x: np.ndarray, build: Callable[[Any, Callable[[np.ndarray], Any]], Any]) -> np.ndarray:
+    """What `build(context, tensor)` makes, of the shape of x, on ggml's CPU backend with one thread; tensor(values)
+    makes a float32 tensor."""
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     context = pointer(_call("ggml_init", _Parameters(8 * x.nbytes + 2**22, None, False)))
 
@@ -63,10 +65,7 @@ def norm(name: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, 
         ctypes.memmove(_call("ggml_get_data", made), np.ascontiguousarray(values).ctypes.data, values.nbytes)
         return made
 
-    made = pointer(_call(name, context, tensor(x), ctypes.c_float(eps)))
-    made = pointer(_call("ggml_mul", context, made, tensor(weight)))
-    if bias is not None:
-        made = pointer(_call("ggml_add", context, made, tensor(bias)))
+    made = build(context, tensor)
     graph = pointer(_call("ggml_new_graph", context))
     _call("ggml_build_forward_expand", graph, made, gives=None)
     assert _call("ggml_graph_compute_with_ctx", context, graph, 1, gives=ctypes.c_int) == 0
@@ -74,3 +73,19 @@ def norm(name: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, 
     ctypes.memmove(out.ctypes.data, _call("ggml_get_data", made), out.nbytes)
     _call("ggml_free", context, gives=None)
     return out
+
+
+def norm(name: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float) -> np.ndarray:
+    """ggml_norm or ggml_rms_norm of float32 [N, C] times weight [C], plus bias."""
+
+    def build(context: Any, tensor: Callable[[np.ndarray], Any]) -> Any:
+        made = ctypes.c_void_p(_call(name, context, tensor(x), ctypes.c_float(eps)))
+        made = ctypes.c_void_p(_call("ggml_mul", context, made, tensor(weight)))
+        return made if bias is None else ctypes.c_void_p(_call("ggml_add", context, made, tensor(bias)))
+
+    return _computed(x, build)
+
+
+def unary(name: str, x: np.ndarray) -> np.ndarray:
+    """A function of one tensor, such as ggml_silu, of float32 [N, C]."""
+    return _computed(x, lambda context, tensor: ctypes.c_void_p(_call(name, context, tensor(x))))

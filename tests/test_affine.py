@@ -16,7 +16,6 @@ from qat.affine import (
     block_range,
     choose_qparams,
     dequantize,
-    fake_quantize,
     qparams_from_range,
     quantize,
     round_,
@@ -24,6 +23,7 @@ from qat.affine import (
     tile,
     untile,
 )
+from qat.fake_quantize import fake_quantize
 from qat.scheme import ROUNDINGS, STORED, QuantSpec
 
 SPECS = valid_specs()

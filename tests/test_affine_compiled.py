@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_affine import FLAVOURS, SPECS, make
 
-from qat.affine import choose_qparams, fake_quantize, store_offset
+from qat.affine import choose_qparams, store_offset
+from qat.fake_quantize import fake_quantize
 from qat.scheme import STORED, QuantSpec
 
 

@@ -54,12 +54,15 @@ ALLOWED = {
     "qat.files": ("qat.errors",),
     "qat.rounding": ("qat.scheme",),
     "qat.affine": ("qat.scheme", "qat.rounding"),
+    "qat.fake_quantize": ("qat.affine", "qat.scheme", "qat.rounding"),
     "qat.streams": (),
     "qat.frozen": ("qat.affine", "qat.scheme", "qat.files", "qat.streams", "qat.errors"),
-    "qat.observers": ("qat.affine", "qat.scheme", "qat.errors"),
-    "qat.quantizers.base": ("qat.affine", "qat.scheme"),
+    "qat.observers": ("qat.affine", "qat.fake_quantize", "qat.scheme", "qat.errors"),
+    "qat.quantizers.base": ("qat.affine", "qat.fake_quantize", "qat.scheme"),
     "qat.kernels": ("qat.affine", "qat.rounding", "qat.scheme", "qat.quantizers.base"),
-    "qat.modules": ("qat.kernels", "qat.quantizers.base", "qat.affine", "qat.scheme", "qat.errors"),
+    "qat.modules": (
+        *("qat.kernels", "qat.quantizers.base", "qat.affine", "qat.fake_quantize", "qat.scheme", "qat.errors"),
+    ),
     "qat.nearest": ("qat.scheme",),
     "qat.auditing": ("qat.modules", "qat.nearest", "qat.scheme", "qat.errors"),
 }
@@ -73,7 +76,17 @@ def test_import_direction(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["qat.scheme", "qat.affine", "qat.packing", "qat.frozen", "qat.streams", "qat.files", "qat.kernels"]
+    "part",
+    [
+        "qat.scheme",
+        "qat.affine",
+        "qat.fake_quantize",
+        "qat.packing",
+        "qat.frozen",
+        "qat.streams",
+        "qat.files",
+        "qat.kernels",
+    ],
 )
 def test_the_core_knows_no_framework(part: str) -> None:
     assert part in IMPORTS

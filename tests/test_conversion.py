@@ -207,11 +207,11 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 
 def test_what_a_runtime_computes_otherwise_is_noted_or_refused() -> None:
-    config = prepare(gpt2(), GPT2_RULES, gelu="float16_table", norm="ggml").config
-    assert (config.gelu, config.norm) == ("float16_table", "ggml")
-    assert not hasattr(prepare(gpt2(), GPT2_RULES).config, "norm")
-    with pytest.raises(UserError, match="norm=mlx is not possible; choose ggml, onnxruntime or leave it out"):
-        prepare(gpt2(), GPT2_RULES, norm="mlx")
+    config = prepare(gpt2(), GPT2_RULES, gelu="float16_table", kernels="ggml").config
+    assert (config.gelu, config.kernels) == ("float16_table", "ggml")
+    assert not hasattr(prepare(gpt2(), GPT2_RULES).config, "kernels")
+    with pytest.raises(UserError, match="kernels=mlx is not possible; choose ggml, onnxruntime or leave it out"):
+        prepare(gpt2(), GPT2_RULES, kernels="mlx")
 
 
 def test_a_trained_state_survives_save_and_load() -> None:

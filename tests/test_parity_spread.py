@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from parity_causes import FORMULA, LAST_BIT, SATURATED, as_transformers, cause, known, saturating
+from parity_causes import FORMULA, LAST_BIT, SATURATED, UNSIGNED, as_transformers, cause, known, saturating, unsigned
 from parity_spread import moved, others, reordered, spreads, step
 
 import qat
@@ -71,6 +71,8 @@ def test_causes(target: str, exporter: str, missed: str, said: str) -> None:
     if said == LAST_BIT:
         assert cause(target, exporter, missed, None, error, 5e-4) == "not traced"
         assert cause(target, exporter, missed, None, error[10:], 2e-3) == "not traced"
+        both = cause(target, exporter, "**logits**, **greedy**", None, error, 2e-3, "5 of 64 more")
+        assert both == f"{LAST_BIT}; 5 of 64 more"
 
 
 def test_the_formula_of_transformers_takes_vllms_place() -> None:
@@ -99,6 +101,27 @@ def test_without_vnni_pairs_of_products_saturate() -> None:
         torch.testing.assert_close(saturating(other)(x), other(x))
 
 
+def test_unsigned_codes_and_corrections_are_the_same_sums() -> None:
+    """Equal but for float32's last bits, with zero points and without; and exact where all numbers are small."""
+    tokens = qat.QuantSpec(qtype="int8", block=(1, 32), divide="reciprocal", scale="float32")
+    plain = qat.QuantSpec(qtype="int4", block=(1, 32), range="signed_max")
+    other = qat.QuantSpec(qtype="uint4", block=(1, 32), range="minmax", offset="zero_point")
+    torch.manual_seed(0)
+    for spec in (plain, other):
+        model: Any = torch.nn.Sequential(torch.nn.Linear(128, 16))
+        qat.prepare(model, [qat.Rule(scheme=qat.Scheme(weight=spec, input=tokens))])
+        x = torch.randn(3, 5, 128)
+        with torch.no_grad():
+            torch.testing.assert_close(unsigned(model)(x), model(x), rtol=1e-5, atol=1e-6)
+    said = known("onnxruntime_int4@8bit", "ort")
+    assert said is not None
+    assert said[1] == UNSIGNED
+    error, moved = torch.tensor([1e-7, 1e-3]), torch.tensor([1e-7, 1e-7, 1e-7, 1e-3])
+    assert "75% of the prompts" in cause(
+        "onnxruntime_int4@8bit", "onnx", "**logits**", (UNSIGNED, error, moved), error, 1e-6
+    )
+
+
 def test_what_is_known_of_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parity_causes.info", lambda: "flags: avx2")
     said = known("vllm_w8a8", "transformers_folder"), known("vllm_w8a8", "vllm"), known("vllm_w8a8_static", "vllm")
@@ -109,5 +132,5 @@ def test_what_is_known_of_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known("vllm_w8a8", "vllm") is None
     x = torch.tensor([3e-7])
     assert cause("vllm_w8a8", "hf", "**greedy**", None, x, 1.0) == "not traced"
-    assert "error is 3.0e-07, 100% within" in cause("vllm_w8a8", "hf", "**logits**", (FORMULA, x), x, 1.0)
-    assert cause("vllm_w8a8", "hf", "none", (FORMULA, x), x, 1.0) == ""
+    assert "error is 3.0e-07, 100% within" in cause("vllm_w8a8", "hf", "**logits**", (FORMULA, x, x), x, 1.0)
+    assert cause("vllm_w8a8", "hf", "none", (FORMULA, x, x), x, 1.0) == ""

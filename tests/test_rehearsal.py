@@ -57,8 +57,8 @@ def test_settings_of_quantizer_and_observer() -> None:
 
 
 def test_numerics_that_do_not_exist() -> None:
-    assert refusal(gpt2(), GPT2_RULES, gelu="float16_table", norm="ggml") == ""
-    assert "norm=mlx is not possible; choose ggml, onnxruntime" in refusal(gpt2(), GPT2_RULES, norm="mlx")
+    assert refusal(gpt2(), GPT2_RULES, gelu="float16_table", kernels="ggml") == ""
+    assert "kernels=mlx is not possible; choose ggml, onnxruntime" in refusal(gpt2(), GPT2_RULES, kernels="mlx")
     assert "gelu=table is not possible" in refusal(gpt2(), GPT2_RULES, gelu="table")
 
 

@@ -5,7 +5,9 @@ from typing import Any
 from qat.exporters.onnx_text_graph import ACTIVATIONS, DECODER_INPUTS, TextGraph
 
 Config = dict[str, Any]
-INPUTS = DECODER_INPUTS
+# Of one name, the two lengths would let ONNX Runtime fuse the embeddings' sum with the first norm, into a kernel that
+# takes the variance as the mean of squares less the squared mean: other last bits, which flip int8 codes by rows.
+INPUTS = {**DECODER_INPUTS, "position_ids": "positions"}
 _LAYER = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 

@@ -1,7 +1,7 @@
 """Fake-quantization of a large weight piece by piece, in place and in cache, into a buffer that is used again.
 
 A fresh tensor costs more in page faults than its arithmetic; a piece of about half a megabyte stays in the second
-level cache through all of its steps. Every value equals `affine.fake_quantize`'s.
+level cache through all of its steps. Every value equals `fake_quantize`'s.
 """
 
 import threading

@@ -55,7 +55,7 @@ def _again(
     offset: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The fake-quantized weight once more; on the way gw is set to zero beyond the edge, and the gradients of the
-    scale and a floating offset are summed, if they are needed (the formulas of `affine.fake_quantize`)."""
+    scale and a floating offset are summed, if they are needed (the formulas of `fake_quantize`)."""
     if gw is None or (quantizer.covers and not scale and not offset):
         return fake_quantized(w, qparams, quantizer.spec, dtype, quantizer.covers), None, None
     grid = Grid(qparams, quantizer.spec)

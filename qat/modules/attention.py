@@ -18,8 +18,9 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.utils import TransformersKwargs
 
-from qat.affine import choose_qparams, fake_quantize
+from qat.affine import choose_qparams
 from qat.errors import UserError
+from qat.fake_quantize import fake_quantize
 from qat.scheme import KV_CACHES, QuantSpec
 
 TILE = 64  # queries from which flash attention multiplies matrices (ggml_fa_tile_config)

@@ -30,7 +30,7 @@ _AROUND_ZERO = tuple(
 )
 
 
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a * b + c of float32, rounded once to float64 (the product is exact there) and then to float32."""
     return (a.double() * b.double() + c.double()).float()
 
@@ -53,10 +53,10 @@ def _squares_in_lanes(x: Tensor) -> Tensor:
     eights, rest = _lanes(x)
     total = torch.zeros_like(x[..., :1]).expand(*x.shape[:-1], LANES)
     for part in eights.unbind(-2):
-        total = _fma(part, part, total)
+        total = fma(part, part, total)
     total = _folded(total)
     for part in rest.unbind(-1):
-        total = _fma(part[..., None], part[..., None], total)
+        total = fma(part[..., None], part[..., None], total)
     return total
 
 
@@ -87,10 +87,10 @@ def onnxruntime_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def onnxruntime_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """float32 [..., C], [C], [C] -> [..., C]."""
     x = x - (x.double().sum(-1, keepdim=True) / x.shape[-1]).float()
-    return _fma(x * torch.rsqrt(_squares_in_lanes(x) / x.shape[-1] + eps), weight, bias)
+    return fma(x * torch.rsqrt(_squares_in_lanes(x) / x.shape[-1] + eps), weight, bias)
 
 
-KERNELS = {"ggml": (ggml_rms_norm, ggml_layer_norm), "onnxruntime": (onnxruntime_rms_norm, onnxruntime_layer_norm)}
+NORMS = {"ggml": (ggml_rms_norm, ggml_layer_norm), "onnxruntime": (onnxruntime_rms_norm, onnxruntime_layer_norm)}
 
 
 class KernelRMSNorm(nn.Module):
@@ -107,7 +107,7 @@ class KernelRMSNorm(nn.Module):
         weight = self.weight.float() + self.around
         if self.training:
             return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
-        return KERNELS[self.kernel][0](x.float(), weight, self.eps).to(x.dtype)
+        return NORMS[self.kernel][0](x.float(), weight, self.eps).to(x.dtype)
 
 
 class KernelLayerNorm(nn.Module):
@@ -122,7 +122,7 @@ class KernelLayerNorm(nn.Module):
         weight, bias = self.weight.float(), self.bias.float()
         if self.training:
             return F.layer_norm(x.float(), weight.shape, weight, bias, self.eps).to(x.dtype)
-        return KERNELS[self.kernel][1](x.float(), weight, bias, self.eps).to(x.dtype)
+        return NORMS[self.kernel][1](x.float(), weight, bias, self.eps).to(x.dtype)
 
 
 def _instead(norm: nn.Module, kernel: str) -> nn.Module | None:
@@ -135,7 +135,7 @@ def _instead(norm: nn.Module, kernel: str) -> nn.Module | None:
 
 
 def use_kernel_norms(model: nn.Module, kernel: str) -> int:
-    """Replace, in place, every norm that a kernel of `KERNELS` computes; returns how many. Parameters keep their names
+    """Replace, in place, every norm that a kernel of `NORMS` computes; returns how many. Parameters keep their names
     and their identity."""
     found = [
         (parent, name, new)

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qat.affine import fake_quantize, qparams_from_range
+from qat.affine import qparams_from_range
+from qat.fake_quantize import fake_quantize
 from qat.observers.histogram import Histogram
 from qat.scheme import QuantSpec
 
@@ -20,7 +21,7 @@ class MSEObserver(Histogram):
     """Symmetric grids: a line search over the clipping threshold. Others: over both ends together and each alone,
     twice, as one end's best place depends on the other's. Then ever closer around the best.
 
-    Every candidate's error comes from `affine.fake_quantize` with its own stored scale and zero point. The whole range
+    Every candidate's error comes from `fake_quantize` with its own stored scale and zero point. The whole range
     is a candidate, so the result is never worse than min-max. A search takes tens of milliseconds: calibrate, then
     freeze, rather than let it run at every training step.
     """

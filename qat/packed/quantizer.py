@@ -43,7 +43,7 @@ class QatQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         tie_layers(model, self.quantization_config.to_dict())
-        use_noted(model, {key: getattr(model.config, key, None) for key in ("gelu", "kv_cache", "norm")})  # pyright: ignore[reportAttributeAccessIssue]
+        use_noted(model, {key: getattr(model.config, key, None) for key in ("gelu", "kv_cache", "kernels")})  # pyright: ignore[reportAttributeAccessIssue]
         for p in model.parameters():  # BLAS sums one to three rows in another order if memory is mapped off a boundary
             if p.is_floating_point() and p.device.type == "cpu" and p.data_ptr() % ALIGNMENT:
                 p.data = p.data.clone()

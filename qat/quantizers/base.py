@@ -5,7 +5,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from qat.affine import QParams, QTensor, dequantize, fake_quantize, quantize
+from qat.affine import QParams, QTensor, dequantize, quantize
+from qat.fake_quantize import fake_quantize
 from qat.scheme import QuantSpec
 
 
@@ -13,7 +14,7 @@ class FakeQuantize(nn.Module):
     """Subclasses supply `qparams`; `forward` and `quantize` are written once, so training and packing cannot diverge.
 
     enabled: False passes tensors through untouched (delayed quantization).
-    edge: how far beyond the codes, in steps, the weight still gets a gradient (see `affine.fake_quantize`).
+    edge: how far beyond the codes, in steps, the weight still gets a gradient (see `fake_quantize`).
     covers: no value of the tensor can lie beyond the edge, so every one gets its gradient.
     row_local: the grid of a row depends on nothing but that row, so a lookup may quantize only the rows it reads.
     derived: `qparams` is always `choose_qparams` (see `affine.quantize`).

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qat.affine import QTensor, choose_qparams, dequantize, fake_quantize, quantize
+from qat.affine import QTensor, choose_qparams, dequantize, quantize
 from qat.errors import UserError
 from qat.exporters.gguf_blocks import TYPES, BlockType, refuse_grid
 from qat.exporters.gguf_k import SUPER, factors
+from qat.fake_quantize import fake_quantize
 from qat.scheme import QuantSpec, bits_per_weight
 
 IDS = [t.ggml.name for t in TYPES]

@@ -9,7 +9,7 @@ import torch
 from tiny_text_models import tiny
 from torch import nn
 
-from qat.modules.norm import KERNELS, KernelLayerNorm, KernelRMSNorm, use_kernel_norms
+from qat.modules.norm import NORMS, KernelLayerNorm, KernelRMSNorm, use_kernel_norms
 
 EPS = 1e-5
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "gpt2"]
@@ -25,7 +25,7 @@ def sample(columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ours(kernel: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    rms, layer = KERNELS[kernel]
+    rms, layer = NORMS[kernel]
     a, w, b = (torch.from_numpy(t) for t in (x, weight, bias))
     return rms(a, w, EPS).numpy(), layer(a, w, b, EPS).numpy()
 
@@ -66,7 +66,7 @@ def test_onnxruntimes_norms(columns: int) -> None:
     same(layer, in_onnxruntime("LayerNormalization", x, [w, b]), exact=NARROW)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", NORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_keeps_its_parameters_and_all_but_the_last_bits(kind: str, kernel: str) -> None:
     model = tiny(kind)

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.stats import entropy as scipy_entropy
 
-from qat.affine import fake_quantize, qparams_from_range
+from qat.affine import qparams_from_range
 from qat.conversion import calibrate, convert, freeze_observers, prepare
 from qat.errors import UserError
+from qat.fake_quantize import fake_quantize
 from qat.observers.ema import EMAObserver
 from qat.observers.entropy import EntropyObserver, kl_divergences
 from qat.observers.histogram import Histogram

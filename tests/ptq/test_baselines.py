@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from qat.affine import QParams, choose_qparams, fake_quantize, qparams_from_range, tile
+from qat.affine import QParams, choose_qparams, qparams_from_range, tile
 from qat.conversion import convert
 from qat.errors import UserError
+from qat.fake_quantize import fake_quantize
 from qat.kernels import chunks as chunking
 from qat.ptq.mse import search
 from qat.ptq.rtn import baselines, quantize_model

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.affine import QParams, choose_qparams, fake_quantize, tile, untile
+from qat.affine import QParams, choose_qparams, tile, untile
+from qat.fake_quantize import fake_quantize
 from qat.quantizers.fixed import Fixed
 from qat.quantizers.lsq import LSQ, store_ste
 from qat.quantizers.minmax import MinMax
