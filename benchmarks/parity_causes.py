@@ -82,9 +82,9 @@ def unsigned_linear(layer: QuantLayer, x: Tensor) -> Tensor:
     weight = layer.weight_quantizer.quantize(layer.canonical(layer.weight))
     rows, blocks = given.scale.shape
     a = given.codes.double().view(rows, blocks, -1)
-    w = weight.codes.double().view(len(weight.codes), blocks, -1) - weight.spec.type.qmin
-    zero = torch.zeros_like(weight.scale) if weight.offset is None else weight.offset
-    zero = zero.float() - weight.spec.type.qmin
+    shift = 0 if weight.spec.type.qmin == 0 else 2 ** (weight.spec.type.bits - 1)  # as the exporter stores them
+    w = weight.codes.double().view(len(weight.codes), blocks, -1) + shift
+    zero = (torch.zeros_like(weight.scale) if weight.offset is None else weight.offset).float() + shift
     out = torch.zeros(rows, len(w))
     for i in range(blocks):
         scales = given.scale[:, i, None].float() * weight.scale[:, i].float()
