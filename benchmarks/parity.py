@@ -146,7 +146,7 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
 
 def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) -> tuple[str, bool, str]:
     """What the table says of the text, whether a step that differs is one which the spread there explains, and if it
-    is not, how many of DRAWS more evaluations move the margin as far; "" if none does.
+    is not, how many of DRAWS more evaluations choose the runtime's token; "" if none does.
 
     margin: how much likelier, in nats, the simulation finds its own token than the runtime's; spread: by how much
     that changes from one of its evaluations to another, at most.
@@ -166,14 +166,14 @@ def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) ->
     cell = f"{first}, margin {here:.1e}, spread {spread:.1e}"
     if float(here) <= spread:
         return cell, True, ""
-    far = 0
+    turned = 0
     for seed in range(SEEDS, SEEDS + DRAWS):
         with moved(net, seed):
-            far += float((margin(net) - here).abs()) >= float(here)
+            turned += float(margin(net)) <= 0
     return (
         cell,
         False,
-        f"{far} of {DRAWS} more evaluations with last bits moved change that margin as far" if far else "",
+        f"{turned} of {DRAWS} evaluations with last bits moved choose the runtime's token" if turned else "",
     )
 
 

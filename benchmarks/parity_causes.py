@@ -96,7 +96,7 @@ def unsigned_linear(layer: QuantLayer, x: Tensor) -> Tensor:
 def known(target: str, runtime: str) -> tuple[Callable[[Any], nn.Module], str] | None:
     """What the runtime of a target is known to compute otherwise than the scheme: how to simulate that, and what it
     is; None where there is nothing."""
-    if target.startswith("onnxruntime_int4") and runtime == "ort":
+    if target.split("@")[0] == "onnxruntime_int4" and runtime == "ort":
         return unsigned, UNSIGNED
     if target == "vllm_w8a8" and runtime == "transformers_folder":
         return as_transformers, FORMULA
@@ -123,11 +123,15 @@ def cause(
         return ""
     if simulated is not None:
         what, left, moved = simulated
-        if what == UNSIGNED:  # the order of its sums is not known: a simulation is as far from it as any
+        if what != UNSIGNED:
+            return (
+                f"{what}; with that simulated the median error is {left.median():.1e}, {within(left):.0%} within 2e-6"
+            )
+        # the order of its sums is not known, so such a simulation is no nearer: but is it as far from the scheme's?
+        if missed == "**logits**" and within(moved) <= within(error):
             return (
                 f"{what}; a simulation that does so too has {within(moved):.0%} of the prompts within 2e-6 of this one"
             )
-        return f"{what}; with that simulated the median error is {left.median():.1e}, {within(left):.0%} within 2e-6"
     if exporter in CAUSES and (exporter != "gguf" or target in TRACED):
         return CAUSES[exporter]
     median = float(error.median()) if within(error) >= SHARE else torch.inf

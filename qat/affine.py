@@ -239,6 +239,7 @@ def _finite(t: Tensor) -> bool:
     return not t.numel() or all(bool(torch.isfinite(end)) for end in t.detach().aminmax())
 
 
+@torch.no_grad()
 def quantize(x: Tensor, qparams: QParams, spec: QuantSpec, derived: bool = False) -> QTensor:
     """x (R, C) -> codes. Raises ValueError if x or its grid is not finite.
 

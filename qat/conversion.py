@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qat.auditing import audit
 from qat.errors import UserError
-from qat.frozen import Frozen, FrozenInput, FrozenWeight, blank, open_frozen, write_frozen
+from qat.frozen import Frozen, FrozenInput, FrozenWeight, blank, write_frozen
 from qat.modules import quantized_class
 from qat.modules.base import QuantLayer
 from qat.modules.numerics import refuse_numerics, use_numerics
@@ -186,8 +186,7 @@ def convert(
         return Frozen(dict(weights), {n: t.cpu().clone() for n, t in floats.items()}, *rest)
     shapes = {n: _blank(layer) for n, layer in layers.items()}
     announced = Frozen(shapes, {n: t.to("meta") for n, t in floats.items()}, *rest)
-    write_frozen(path, announced, Frozen(weights, floats, *rest).tensors())
-    return open_frozen(path)
+    return write_frozen(path, announced, Frozen(weights, floats, *rest).tensors())
 
 
 def _decided(name: str, layer: QuantLayer) -> FrozenWeight:

@@ -19,6 +19,7 @@ from typing import Any
 from qat.errors import UserError, VerifyError, disk_errors, understood
 
 MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"  # of a frozen folder, whose manifest has a digest of every tensor: no SHA-256 besides
 OLD = ".old"
 FAILED = ".failed"
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
@@ -43,6 +44,7 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
         else:
             shutil.rmtree(stale, ignore_errors=True)
     temp = _sibling(path)
+    old = temp.with_suffix(OLD)
     temp.mkdir()
     try:
         yield temp
@@ -50,15 +52,15 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
         if shared:
             _rename_unless_there(temp, path)
         elif path.exists():
-            old = temp.with_suffix(OLD)
             path.rename(old)
             temp.rename(path)
-            shutil.rmtree(old)
         else:
             temp.rename(path)
-    except BaseException:
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)  # interrupted between the two renames
+        for left in (temp, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
@@ -74,13 +76,14 @@ def flushed_meanwhile(folder: Path) -> Generator[None]:
             with suppress(OSError):  # a file that was renamed; what the disk refuses, the last flush says
                 _flush_files(folder)
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    thread = threading.Thread(target=work, daemon=True)
     try:
+        thread.start()
         yield
-    finally:
+    finally:  # an interrupt may come before `start` has returned
         done.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 def _flush_files(folder: Path) -> None:
@@ -189,33 +192,40 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, extra: dict[str, Any], covered: str = "") -> None:
-    """Write manifest.json: `extra` and, under "files", the SHA-256 and size of every other file in the folder.
+def _covered(manifest: dict[str, Any]) -> set[str]:
+    return {TENSORS} if manifest.get("kind") == "frozen" else set()
 
-    covered: the file whose tensors `extra` has digests of; of that one the size alone.
-    """
+
+def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
+    """Write manifest.json: `extra` and, under "files", the SHA-256 and size of every other file in the folder, but of a
+    frozen folder's TENSORS the size alone."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
     entries: dict[str, dict[str, Any]] = {str(f.relative_to(folder)): {"bytes": f.stat().st_size} for f in files}
-    for name in entries.keys() - {covered}:
+    for name in entries.keys() - _covered(extra):
         entries[name]["sha256"] = sha256(folder / name)
     (folder / MANIFEST).write_text(json.dumps({**extra, "files": entries}, indent=1, sort_keys=True))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, every file it lists checked; of one without SHA-256, which has digests of its tensors, the size.
+    """The manifest, every file it lists checked; of a frozen folder's TENSORS the size alone.
 
     Raises VerifyError naming the first that is missing or differs.
     """
     with understood(folder / MANIFEST):
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        files = {name: (int(entry["bytes"]), entry.get("sha256")) for name, entry in manifest["files"].items()}
+        sizes = {name: int(entry["bytes"]) for name, entry in manifest["files"].items()}
+        digests = {n: str(entry["sha256"]) for n, entry in manifest["files"].items() if n not in _covered(manifest)}
         manifest |= {"kind": str(manifest["kind"]), "tensors": dict(manifest["tensors"])}
-    for name, (size, said) in files.items():
+    if manifest["kind"] == "frozen":  # all that is in it is read
+        found = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {MANIFEST}
+        for name in sorted(found - sizes.keys()):
+            raise VerifyError(f"{folder / name} is not in the manifest")
+    for name, size in sizes.items():
         file = folder / name
         if not file.is_file():
             raise VerifyError(f"{file} is listed in the manifest but missing")
         if file.stat().st_size != size:
             raise VerifyError(f"{file} is not the file in the manifest: it has {file.stat().st_size} bytes, not {size}")
-        if said is not None and sha256(file) != said:
+        if name in digests and sha256(file) != digests[name]:
             raise VerifyError(f"{file} is not the file in the manifest: its SHA-256 differs")
     return manifest

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError, understood
-from qat.files import atomic_folder, flushed_meanwhile, read_manifest, write_manifest
+from qat.files import TENSORS, atomic_folder, flushed_meanwhile, read_manifest, write_manifest
 from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
 from qat.streams import Behind, Later, Writer, info, raw, stored
 
-TENSORS = "tensors.safetensors"
 _PARTS = ("codes", "scale", "offset")
 
 
@@ -67,7 +66,7 @@ class Frozen:
     tokenizer: dict[str, bytes] = field(default_factory=dict[str, bytes])
     _checked: tuple[Mapping[str, str], object, object] = field(
         default=({}, None, None), repr=False, compare=False
-    )  # digests that `load` has checked, and the weights and floats that they are of
+    )  # digests that `load` has checked, or `write_frozen` made, and the weights and floats that they are of
 
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of every layer with a quantized input, by module path."""
@@ -92,7 +91,7 @@ class Frozen:
         return replace(self, weights=weights, floats={n: t.to("meta") for n, t in self.floats.items()})
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every tensor's dtype, shape and bytes; those that `load` has checked are not computed again."""
+        """SHA-256 of every tensor's dtype, shape and bytes; those that are known are not computed again."""
         known, weights, floats = self._checked
         still = set(self.floats) if floats is self.floats else set[str]()
         still |= {f"{n}.{part}" for n in self.weights for part in _PARTS} if weights is self.weights else set()
@@ -122,17 +121,19 @@ class Frozen:
             raise UserError(f"{path} is not a frozen folder: it has no frozen.json; give RUN/frozen or RUN")
         manifest = read_manifest(path)
         with understood(path):
-            frozen = open_frozen(path)
+            frozen = _opened(path)
             found = _digests(frozen.tensors(), threads=2)
-        for name, value in found.items():
-            if manifest["tensors"].get(name) != value:
+        for name in [*found, *manifest["tensors"]]:
+            if name not in found:
+                raise VerifyError(f"{path / TENSORS}: {name} is missing, and the manifest has it")
+            if manifest["tensors"].get(name) != found[name]:
                 raise VerifyError(f"{path / TENSORS}: {name} is not the tensor in the manifest")
         frozen._checked = found, frozen.weights, frozen.floats
         return frozen
 
 
-def open_frozen(path: Path) -> Frozen:
-    """What `Frozen.load` returns, unchecked: for a folder that this process has just written."""
+def _opened(path: Path) -> Frozen:
+    """What `Frozen.load` returns, unchecked."""
     tensors = stored(path / TENSORS)
     meta = json.loads((path / "frozen.json").read_text())
     specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
@@ -187,8 +188,9 @@ def _digests(tensors: Iterable[tuple[str, Tensor]], threads: int = 1, put: Behin
     return found
 
 
-def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write the folder of `blank` (`Frozen.blank`) atomically from its tensors, which come one at a time."""
+def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]]) -> Frozen:
+    """Write the folder of `blank` (`Frozen.blank`) atomically from its tensors, which come one at a time; returns what
+    reads from it."""
     meta = {
         "weights": {
             n: {"spec": w.tensor.spec.to_dict(), "kind": w.kind, "shape": list(w.shape)}
@@ -207,7 +209,10 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
         for name, content in blank.tokenizer.items():
             (folder / "tokenizer").mkdir(exist_ok=True)
             (folder / "tokenizer" / name).write_bytes(content)
-        write_manifest(folder, {"kind": "frozen", "tensors": digests}, covered=TENSORS)
+        write_manifest(folder, {"kind": "frozen", "tensors": digests})
+    frozen = _opened(path)
+    frozen._checked = digests, frozen.weights, frozen.floats
+    return frozen
 
 
 def blank(shape: tuple[int, int], spec: QuantSpec) -> QTensor:

@@ -166,7 +166,7 @@ def stored_dtype(stored: str | QuantSpec) -> torch.dtype:
 def check_block(shape: tuple[int, int], block: Block) -> tuple[int, int]:
     """The block with -1 resolved against `shape` (R, C). Raises ValueError if it does not divide the shape."""
     r, c = (shape[i] if block[i] == -1 else block[i] for i in (0, 1))
-    if shape[0] % r or shape[1] % c:
+    if not r or not c or shape[0] % r or shape[1] % c:
         raise ValueError(f"shape {tuple(shape)} is not divisible by block {tuple(block)}")
     return r, c
 

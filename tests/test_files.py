@@ -4,12 +4,22 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from qat.errors import UserError
-from qat.files import HOST, atomic_file, atomic_folder, atomic_write, refuse_foreign, refuse_unwritable, write_manifest
+from qat.files import (
+    HOST,
+    atomic_file,
+    atomic_folder,
+    atomic_write,
+    flushed_meanwhile,
+    refuse_foreign,
+    refuse_unwritable,
+    write_manifest,
+)
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -133,3 +143,39 @@ def test_only_what_qat_wrote_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(UserError, match="loop is a link that leads to itself"):
         refuse_foreign(tmp_path / "loop")
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_an_interrupt_while_a_folder_is_replaced_leaves_one_that_is_whole(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with atomic_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("old")
+    made: list[Path] = []
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        made.append(rename(self, target))
+        if len(made) == renames:
+            raise KeyboardInterrupt
+        return made[-1]
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x" / "a").read_text() == ("old" if renames == 1 else "new")
+
+
+def test_an_interrupt_at_the_start_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        started.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), flushed_meanwhile(tmp_path):
+        pass
+    assert [t.is_alive() for t in started] == [False]

@@ -119,3 +119,21 @@ def test_nbytes_is_that_of_dense_packing(frozen: Frozen) -> None:
     codes = sum(w.tensor.codes.numel() * w.tensor.spec.type.bits for w in frozen.weights.values()) // 8
     assert frozen.nbytes() > codes
     assert frozen.nbytes() < sum(t.numel() * 4 for t in frozen.state_dict().values()) / 3
+
+
+def test_what_the_manifest_does_not_cover_is_refused(folder: Path) -> None:
+    """A file of nobody's, a digest that is not there, a tensor that is not."""
+    (folder / "tokenizer" / "chat_template.jinja").write_text("stray")
+    with pytest.raises(VerifyError, match=r"chat_template\.jinja is not in the manifest"):
+        Frozen.load(folder)
+    (folder / "tokenizer" / "chat_template.jinja").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("frozen.json", "tokenizer/merges.txt"):
+        files = {**manifest["files"], name: {"bytes": manifest["files"][name]["bytes"]}}
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "files": files}))
+        with pytest.raises(VerifyError, match=r"manifest\.json"):
+            Frozen.load(folder)
+    ghost = {**manifest["tensors"], "ghost": "0" * 64}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "tensors": ghost}))
+    with pytest.raises(VerifyError, match="ghost is missing"):
+        Frozen.load(folder)

@@ -102,7 +102,7 @@ def test_without_vnni_pairs_of_products_saturate() -> None:
 
 
 def test_unsigned_codes_and_corrections_are_the_same_sums() -> None:
-    """Equal but for float32's last bits, with zero points and without; and exact where all numbers are small."""
+    """Equal but for float32's last bits, with zero points and without."""
     tokens = qat.QuantSpec(qtype="int8", block=(1, 32), divide="reciprocal", scale="float32")
     plain = qat.QuantSpec(qtype="int4", block=(1, 32), range="signed_max")
     other = qat.QuantSpec(qtype="uint4", block=(1, 32), range="minmax", offset="zero_point")
@@ -116,10 +116,13 @@ def test_unsigned_codes_and_corrections_are_the_same_sums() -> None:
     said = known("onnxruntime_int4@8bit", "ort")
     assert said is not None
     assert said[1] == UNSIGNED
-    error, moved = torch.tensor([1e-7, 1e-3]), torch.tensor([1e-7, 1e-7, 1e-7, 1e-3])
-    assert "75% of the prompts" in cause(
-        "onnxruntime_int4@8bit", "onnx", "**logits**", (UNSIGNED, error, moved), error, 1e-6
-    )
+    assert known("onnxruntime_int4_float@8bit", "ort") is None  # nothing is rounded there
+    error, moved = torch.tensor([1e-7, 1e-3, 1e-3, 1e-3]), torch.tensor([1e-7, 1e-3])
+    why = ("onnxruntime_int4@8bit", "onnx")
+    assert "25% of the prompts" in cause(*why, "**logits**", (UNSIGNED, moved, error), moved, 1e-6)
+    assert cause(*why, "**logits**", (UNSIGNED, moved, moved), error, 1e-6) == "not traced"  # it moves less
+    assert cause(*why, "**codes**", (UNSIGNED, moved, error), error, 1e-6) == "not traced"
+    assert cause(*why, "**greedy**", (UNSIGNED, moved, error), error, 1e-6, "5 of 64") == "5 of 64"
 
 
 def test_what_is_known_of_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:

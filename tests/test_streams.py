@@ -75,7 +75,7 @@ def growth(work: Callable[[], object]) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_step_gathers_the_model_in_memory(tmp_path: Path) -> None:
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=8
     )
     rules = [Rule(type="Linear", path="(?!lm_head).*", scheme=Scheme(weight=INT4))]
     model = prepare(LlamaForCausalLM(config), rules)

@@ -35,6 +35,7 @@ _EXP = ("0x1.0e4020p-7", "0x1.573e2ep-5", "0x1.555e66p-3", "0x1.fffdb6p-2", "0x1
 
 def _ggml_exp(x: Tensor) -> Tensor:
     """ggml_v_expf: 2**n times a polynomial of what is left, |x| reduced by multiples of ln 2."""
+    x = x.clamp(-120, 120)  # beyond float32's exponents: 0 and infinity
     a, b, c, d, e = (torch.full_like(x, float.fromhex(h)) for h in _EXP)
     shift = torch.full_like(x, float.fromhex("0x1.8p23"))  # adding it rounds to an integer
     n = fma(x, torch.full_like(x, float.fromhex("0x1.715476p+0")), shift) - shift
@@ -42,8 +43,7 @@ def _ggml_exp(x: Tensor) -> Tensor:
     rest = fma(-n, torch.full_like(x, float.fromhex("0x1.7f7d1cp-20")), rest)
     square = rest * rest
     j = fma(fma(fma(a, rest, b), square, fma(c, rest, d)), square, e * rest)
-    # beyond float32's exponents: to 0 and to infinity, as the kernel's two slow paths do
-    n = n.clamp(-200, 200)
+    # 2**n as two factors, each of which is finite
     half = torch.ldexp(torch.ones_like(x), torch.div(n, 2, rounding_mode="floor"))
     other = torch.ldexp(torch.ones_like(x), n - torch.div(n, 2, rounding_mode="floor"))
     return fma(j, half, half) * other
