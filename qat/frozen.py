@@ -132,8 +132,8 @@ class Frozen:
         return frozen
 
 
-def _opened(path: Path) -> Frozen:
-    """What `Frozen.load` returns, unchecked."""
+def _opened(path: Path, digests: Mapping[str, str] | None = None) -> Frozen:
+    """What `Frozen.load` returns, unchecked. digests: of its tensors, if they are known."""
     tensors = stored(path / TENSORS)
     meta = json.loads((path / "frozen.json").read_text())
     specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
@@ -153,8 +153,9 @@ def _opened(path: Path) -> Frozen:
     folder = path / "tokenizer"
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     tokenizer = {f.name: f.read_bytes() for f in files}
-    floats = Later(meta["floats"], tensors.__getitem__)
-    return Frozen(Later(specs, weight), floats, inputs, meta["ties"], meta["config"], tokenizer)
+    weights, floats = Later(specs, weight), Later(meta["floats"], tensors.__getitem__)
+    frozen = Frozen(weights, floats, inputs, meta["ties"], meta["config"], tokenizer)
+    return frozen if digests is None else replace(frozen, _checked=(digests, weights, floats))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -210,9 +211,7 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
             (folder / "tokenizer").mkdir(exist_ok=True)
             (folder / "tokenizer" / name).write_bytes(content)
         write_manifest(folder, {"kind": "frozen", "tensors": digests})
-    frozen = _opened(path)
-    frozen._checked = digests, frozen.weights, frozen.floats
-    return frozen
+    return _opened(path, digests)
 
 
 def blank(shape: tuple[int, int], spec: QuantSpec) -> QTensor:

@@ -33,9 +33,10 @@ def use_numerics(model: nn.Module, gelu: str | None, kv_cache: str | None, kerne
     config: Any = getattr(model, "config", None)
     if gelu and use_table_gelu(model):  # a model without GELU has nothing to note
         config.gelu = gelu
-    known = kernels and hasattr(config, "to_dict")  # what cannot be noted is not done
-    if known and use_kernel_norms(model, kernels) + use_kernel_activations(model, kernels):
-        config.kernels = kernels
+    if kernels and hasattr(config, "to_dict"):  # what cannot be noted is not done
+        replaced = use_kernel_norms(model, kernels) + use_kernel_activations(model, kernels)
+        if replaced:
+            config.kernels = kernels
     if kv_cache:
         from qat.modules.attention import use_kv_cache
 

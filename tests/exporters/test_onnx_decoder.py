@@ -21,6 +21,7 @@ from qat.exporters import export, onnx_stream, read_any
 from qat.exporters.onnx import FILE, read, refuse
 from qat.exporters.onnx_nbits import level_4
 from qat.runtimes import run
+from qat.runtimes.ort import open_session
 from qat.runtimes.ort_text import Decoder
 from qat.scheme import QuantSpec, Rule, Scheme
 from qat.verification import verify
@@ -245,3 +246,15 @@ def test_tensors_beyond_a_protobuf_file_lie_beside_it(tmp_path: Path, monkeypatc
     (folder / "manifest.json").unlink()
     with pytest.raises(VerifyError, match="External data length"):
         read_any(folder)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_onnxruntime_keeps_the_norms_as_they_are(kind: str, tmp_path: Path) -> None:
+    """A sum and the norm after it, fused, are a kernel of other arithmetic than `kernels: onnxruntime` has."""
+    _, frozen = prepared(kind, rules(GRIDS["int4"], int8_inputs=True))
+    folder = export(frozen, "onnx", tmp_path / "out")
+    open_session(folder, optimized=tmp_path / "optimized.onnx")
+    kinds = [n.op_type for n in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
+    assert not [k for k in kinds if k.startswith("Skip")]
+    norms = sum("Normalization" in n.op_type for n in onnx.load(str(folder / FILE)).graph.node)
+    assert sum(k in ("LayerNormalization", "RMSNormalization") for k in kinds) == norms > 0
