@@ -160,7 +160,8 @@ def convert(
 
     config defaults to the model's own `config.to_dict()` if it has one. path: write the folder there (`Frozen.save`)
     as codes are decided, and return what reads from it, so that the model is in memory once; without it the result
-    holds a copy of everything. Raises UserError naming the tensor if one is not finite, or if nothing is prepared.
+    holds a copy of everything. Raises UserError naming the quantized tensor if one
+    is not finite, or if nothing is prepared.
     """
     layers: dict[str, QuantLayer] = {}
     inputs: dict[str, FrozenInput] = {}
