@@ -124,6 +124,7 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
     missed = table.misses(
         equal=equal, error=error, spread=bound, rounded=rounded, half=half, ratio=there / trained, text=text_equal
     )
+    apart_too = perplexities(net, subject, there) if "perplexity" in missed else ""
     simulated = None
     if missed != "none" and (otherwise := known(target, runtime)):
         theirs = last(otherwise[0](net), prompts)[0]
@@ -140,8 +141,19 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
         text_cell,
         got["version"],
         table.today(),
-        cause(target, exporter, missed, simulated, error, max(apart.values()) + unit, turned),
+        cause(target, exporter, missed, simulated, error, max(apart.values()) + unit, turned, apart_too),
     ]
+
+
+def perplexities(net: Any, subject: Subject, there: float) -> str:
+    """Where those of other evaluations of the simulation lie, and whether the runtime's is among them."""
+
+    def ask(model: nn.Module) -> Tensor:
+        return torch.tensor(evaluation.figures(evaluation.answer(model, subject.batch, 8))["perplexity"])
+
+    found = sorted(float(p) for several in others(net, ask).values() for p in several)
+    among = "the runtime among them" if found[0] <= there <= found[-1] else "not the runtime"
+    return f"{len(found)} other evaluations of the simulation give {found[0]:.4f} to {found[-1]:.4f}, {among}"
 
 
 def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) -> tuple[str, bool, str]:

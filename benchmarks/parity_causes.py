@@ -113,11 +113,13 @@ def cause(
     error: Tensor,
     widest: float,
     turned: str = "",
+    perplexities: str = "",
 ) -> str:
     """The cell of a row; empty where nothing is missed.
 
     simulated: what `known` says, the errors [prompts] with that, and how far that is from the scheme. error: those of
-    the scheme; widest: its widest spread. turned: what `greedy` found of the step at which texts part.
+    the scheme; widest: its widest spread. turned: what `greedy` found of the step at which texts part;
+    perplexities: where those of other evaluations lie.
     """
     if missed == "none":
         return ""
@@ -135,7 +137,11 @@ def cause(
     if exporter in CAUSES and (exporter != "gguf" or target in TRACED):
         return CAUSES[exporter]
     median = float(error.median()) if within(error) >= SHARE else torch.inf
-    why = {"**logits**": NOISE if median <= FLOAT else LAST_BIT if median <= widest else "", "**greedy**": turned}
+    why = {
+        "**logits**": NOISE if median <= FLOAT else LAST_BIT if median <= widest else "",
+        "**greedy**": turned,
+        "**perplexity**": perplexities,
+    }
     found = {what: why.get(what, "") for what in missed.split(", ")}
     if not any(found.values()):
         return "not traced"
