@@ -224,8 +224,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise VerifyError(f"{file} is listed in the manifest but missing")
-        if file.stat().st_size != size:
-            raise VerifyError(f"{file} is not the file in the manifest: it has {file.stat().st_size} bytes, not {size}")
         if name in digests and sha256(file) != digests[name]:
             raise VerifyError(f"{file} is not the file in the manifest: its SHA-256 differs")
+        if file.stat().st_size != size:
+            raise VerifyError(f"{file} is not the file in the manifest: it has {file.stat().st_size} bytes, not {size}")
     return manifest
