@@ -252,7 +252,7 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec, derived: bool = False
     whole = spec.block[0] == -1
     step = max(1, STRIP * torch.get_num_threads() // max(1, x.shape[1]))
     step = step if whole else max(r, step // r * r)
-    buffer = torch.empty(min(step, x.shape[0]), x.shape[1], device=x.device)
+    buffer = torch.empty(min(step, x.shape[0]), x.shape[1], dtype=torch.float32, device=x.device)
     for i in range(0, x.shape[0], step):  # strips that stay in cache, without a fresh page for every step
         at = slice(None) if whole else slice(i // r, (i + step) // r)
         part = QParams(*(None if t is None else t[at] for t in qparams))  # pyright: ignore[reportArgumentType]

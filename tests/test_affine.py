@@ -255,3 +255,21 @@ def test_a_grid_derived_from_what_is_not_finite_is_not_finite(spec: QuantSpec, w
     x.view(-1)[at] = wrong
     with pytest.raises(ValueError, match="NaN or infinity"):
         quantize(x, choose_qparams(x, spec), spec, derived=True)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_codes_of_many_strips_whatever_the_threads_the_gradient_and_the_default_dtype(default: torch.dtype) -> None:
+    spec = QuantSpec(qtype="int4", block=(1, 32), range="signed_max")
+    x = torch.randn(1100, 1024, requires_grad=True)
+    want = torch.cat([quantize(r, choose_qparams(r, spec), spec).codes for r in x.detach().split(100)])
+    threads, grid = torch.get_num_threads(), choose_qparams(x, spec)
+    try:
+        torch.set_default_dtype(default)
+        for several in (1, 2):
+            torch.set_num_threads(several)
+            found = quantize(x, grid, spec)
+            assert torch.equal(found.codes, want)
+            assert not found.scale.requires_grad
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_conversion import GPT2_RULES, STATIC, cnn, gpt2
+from torch import nn
 
 from qat.conversion import calibrate, convert, prepare
 from qat.errors import UserError, VerifyError
@@ -101,6 +102,34 @@ def test_tensors_that_are_not_the_manifests_are_found(folder: Path) -> None:
     (folder / "tensors.safetensors").write_bytes(content)
     with pytest.raises(VerifyError, match="is not the tensor in the manifest"):
         Frozen.load(folder)
+
+
+def test_no_byte_of_the_tensors_may_change(tmp_path: Path) -> None:
+    """Of a model with every optional tensor: zero points, and a static input's scale and offset."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4))
+    weight = QuantSpec(qtype="uint4", block=(1, 4), range="minmax", offset="zero_point")
+    taken = QuantSpec(qtype="uint8", block=(-1, -1), range="minmax", offset="zero_point")
+    prepare(model, [Rule(scheme=Scheme(weight=weight, input=taken, static=True))])
+    calibrate(model, [torch.randn(3, 8)], lambda m, x: m(x))
+    convert(model, config={"architecture": "x"}, path=tmp_path / "frozen")
+    file = tmp_path / "frozen" / "tensors.safetensors"
+    whole = file.read_bytes()
+    names = {n.rpartition(".")[2] for n in Frozen.load(tmp_path / "frozen").digests()}
+    assert names == {"bias", "codes", "scale", "offset"}
+    padding = 8 + int.from_bytes(whole[:8], "little")
+    padding = range(len(whole[:padding].rstrip(b" ")), padding)  # the header's, which says nothing
+    for at in range(len(whole)):
+        for bit in (0, 5):
+            changed = bytearray(whole)
+            changed[at] ^= 1 << bit
+            if at in padding:
+                continue
+            file.write_bytes(changed)
+            with pytest.raises(VerifyError):
+                Frozen.load(tmp_path / "frozen")
+    file.write_bytes(whole)
+    Frozen.load(tmp_path / "frozen")
 
 
 def test_a_folder_that_is_not_frozen_is_the_users_mistake(tmp_path: Path) -> None:

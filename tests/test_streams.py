@@ -17,7 +17,7 @@ from qat.errors import UserError
 from qat.exporters import export
 from qat.frozen import Frozen
 from qat.scheme import Rule, Scheme
-from qat.streams import NAMES, Writer, info, stored
+from qat.streams import NAMES, Behind, Writer, info, stored
 
 TENSORS = {
     **{f"é/{i}": torch.arange(5).to(torch.float32).to(dtype) for i, dtype in enumerate(NAMES)},
@@ -56,6 +56,33 @@ def test_a_tensor_that_is_not_as_announced_or_does_not_come_is_an_error(tmp_path
     for wrong in (x.t(), x.half()):
         with pytest.raises(ValueError, match="was announced as"), Writer(tmp_path / "f", {"a": info(x)}) as writer:
             writer.put("a", wrong)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_calls_behind_are_all_made_and_their_errors_raised(threads: int) -> None:
+    done: list[int] = []
+    with Behind(done.append, threads) as behind:
+        for i in range(50):
+            behind(i)
+    assert sorted(done) == list(range(50))
+    assert threads > 1 or done == sorted(done)
+
+    def refuse(i: int) -> None:
+        if i == 9:
+            raise OSError("disk full")
+
+    def made(count: int, wrong: bool = False) -> None:
+        with Behind(refuse, threads) as behind:
+            for i in range(count):
+                behind(i)
+            if wrong:
+                raise ValueError("of the maker")
+
+    for count in (10, 31):  # raised at the end, and by a later call
+        with pytest.raises(OSError, match="disk full"):
+            made(count)
+    with pytest.raises(ValueError, match="of the maker"):
+        made(10, wrong=True)
 
 
 def growth(work: Callable[[], object]) -> int:
