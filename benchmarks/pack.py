@@ -21,7 +21,7 @@ from qat.packing import pack
 
 def ours(w: torch.Tensor) -> object:
     q = quantize(w, choose_qparams(w, INT4), INT4)
-    return pack((q.codes + 8).view(torch.uint8), 4), q.scale
+    return pack(q.codes, 4, q.spec.type.qmin), q.scale
 
 
 def compressed_tensors() -> Callable[[torch.Tensor], object]:

@@ -42,9 +42,14 @@ class QTensor:
     offset: Tensor | None
     spec: QuantSpec
 
-    def to(self, device: torch.device | str) -> "QTensor":
-        offset = None if self.offset is None else self.offset.to(device)
-        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), offset=offset)
+    @property
+    def shape(self) -> torch.Size:
+        """(R, C)."""
+        return self.codes.shape
+
+    def blank(self) -> "QTensor":
+        """The same with codes that have no storage."""
+        return replace(self, codes=self.codes.to("meta"))
 
 
 def tile(x: Tensor, block: Block) -> Tensor:

@@ -17,7 +17,7 @@ from qat.errors import UserError
 from qat.modules import LAYERS, full_name
 from qat.modules import kind as kind_of
 from qat.nearest import divides, nearest, whole_block
-from qat.scheme import QuantSpec, Rule, bits_per_weight
+from qat.scheme import QuantSpec, Rule, bits_per_weight, matrix
 
 TAKE_CONV1D = (
     "give target=llama_cpp, target=mlx, target=onnxruntime_int4 or target=portable_int4, which take Conv1D as well"
@@ -89,12 +89,7 @@ def _match(rules: Sequence[Rule], path: str, kind: str) -> int | None:
 def _matrix(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         return 1, shape[0] if shape else 1
-    if kind == "Conv1D":
-        return shape[1], shape[0]
-    rest = 1
-    for n in shape[1:]:
-        rest *= n
-    return shape[0], rest
+    return matrix(kind, shape)
 
 
 def audit(

@@ -9,10 +9,9 @@ import platform
 import re
 import shutil
 import tempfile
-import threading
 import uuid
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
     temp.mkdir()
     try:
         yield temp
-        _flush_files(temp)
+        flush_files(temp)
         if shared:
             _rename_unless_there(temp, path)
         elif path.exists():
@@ -63,30 +62,8 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
             shutil.rmtree(left, ignore_errors=True)
 
 
-@contextmanager
-def flushed_meanwhile(folder: Path) -> Generator[None]:
-    """A thread brings to the disk what is written so far: the last flush, which waits, then has little left to do.
-
-    For folders of few large files: all of them are looked at four times a second.
-    """
-    done = threading.Event()
-
-    def work() -> None:
-        while not done.wait(0.25):
-            with suppress(OSError):  # a file that was renamed; what the disk refuses, the last flush says
-                _flush_files(folder)
-
-    thread = threading.Thread(target=work, daemon=True)
-    try:
-        thread.start()
-        yield
-    finally:  # an interrupt may come before `start` has returned
-        done.set()
-        if thread.ident is not None:
-            thread.join()
-
-
-def _flush_files(folder: Path) -> None:
+def flush_files(folder: Path) -> None:
+    """Bring every file of a folder to the disk; returns when they are there."""
     for file in folder.rglob("*"):
         if file.is_file():
             _flush(file)
@@ -196,13 +173,13 @@ def _covered(manifest: dict[str, Any]) -> set[str]:
     return {TENSORS} if manifest.get("kind") == "frozen" else set()
 
 
-def write_manifest(folder: Path, extra: dict[str, Any]) -> None:
+def write_manifest(folder: Path, extra: dict[str, Any], hashed: Callable[[Path], str] = sha256) -> None:
     """Write manifest.json: `extra` and, under "files", the SHA-256 and size of every other file in the folder, but of a
-    frozen folder's TENSORS the size alone."""
+    frozen folder's TENSORS the size alone. hashed: what has the SHA-256 of a file."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
     entries: dict[str, dict[str, Any]] = {str(f.relative_to(folder)): {"bytes": f.stat().st_size} for f in files}
     for name in entries.keys() - _covered(extra):
-        entries[name]["sha256"] = sha256(folder / name)
+        entries[name]["sha256"] = hashed(folder / name)
     (folder / MANIFEST).write_text(json.dumps({**extra, "files": entries}, indent=1, sort_keys=True))
 
 

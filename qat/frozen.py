@@ -1,6 +1,7 @@
 """Frozen: the codes, scales and floats that were decided once, and all that an exporter or `verify` may read.
 
-On disk: `tensors.safetensors` (`NAME.codes`, `NAME.scale`, `NAME.offset`; floats under their own name), `frozen.json`
+On disk: `tensors.safetensors` (`NAME.codes`, packed as filed.py does, `NAME.scale`, `NAME.offset`; floats under their
+own name), `frozen.json`
 (specs, kinds, shapes, inputs, ties, model config), `tokenizer/`, and `manifest.json` (a digest of every tensor, and
 SHA-256 of every other file).
 """
@@ -17,11 +18,14 @@ from torch import Tensor
 
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError, understood
-from qat.files import TENSORS, atomic_folder, flushed_meanwhile, read_manifest, write_manifest
-from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, stored_dtype
+from qat.filed import filed, packed
+from qat.files import TENSORS, atomic_folder, read_manifest, write_manifest
+from qat.meanwhile import flushed_meanwhile
+from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, matrix, stored_dtype
 from qat.streams import Behind, Later, Writer, info, raw, stored
 
 _PARTS = ("codes", "scale", "offset")
+CODES = "packed"
 
 
 @dataclass(frozen=True)
@@ -78,20 +82,28 @@ class Frozen:
         return out
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, one at a time: floats, `NAME.codes|scale|offset`, and `MODULE.input.scale|offset`."""
+        """Every tensor as the file has it, one at a time: floats, `NAME.codes|scale|offset`, and
+        `MODULE.input.scale|offset`."""
         yield from self.floats.items()
         for name, w in self.weights.items():
-            yield from _flat(name, {part: getattr(w.tensor, part) for part in _PARTS})
+            yield from _flat(name, {"codes": packed(w.tensor), "scale": w.tensor.scale, "offset": w.tensor.offset})
         for name, i in self.inputs.items():
             yield from _flat(f"{name}.input", {"scale": i.scale, "offset": i.offset})
 
     def blank(self) -> "Frozen":
-        """The same without storage, on the "meta" device: dtypes and shapes."""
-        weights = {n: replace(w, tensor=w.tensor.to("meta")) for n, w in self.weights.items()}
-        return replace(self, weights=weights, floats={n: t.to("meta") for n, t in self.floats.items()})
+        """The same with codes and floats that have no storage (on the "meta" device): their dtypes and shapes. Scales
+        and offsets have: the first arithmetic without storage makes torch import its compiler, for two seconds."""
+
+        def weight(name: str) -> FrozenWeight:
+            held = self.weights[name]
+            return replace(held, tensor=held.tensor.blank())
+
+        floats = {n: t.to("meta") for n, t in self.floats.items()}
+        return replace(self, weights=Later(self.weights, weight), floats=floats)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every tensor's dtype, shape and bytes; those that are known are not computed again."""
+        """SHA-256 of every tensor's dtype, shape and bytes, as the file has it; those that are known are not computed
+        again."""
         known, weights, floats = self._checked
         still = set(self.floats) if floats is self.floats else set[str]()
         still |= {f"{n}.{part}" for n in self.weights for part in _PARTS} if weights is self.weights else set()
@@ -104,7 +116,7 @@ class Frozen:
 
     def nbytes(self) -> int:
         """Bytes that the tensors need when codes, and scales of two levels, are packed densely: the smallest file."""
-        shapes = ((w.tensor.spec, w.tensor.codes.shape) for w in self.weights.values())
+        shapes = ((w.tensor.spec, w.tensor.shape) for w in self.weights.values())
         bits = sum(bits_per_weight(spec, (r, c)) * r * c for spec, (r, c) in shapes)
         inputs = [t for i in self.inputs.values() for t in (i.scale, i.offset) if t is not None]
         return int(bits) // 8 + sum(t.nbytes for t in (*self.floats.values(), *inputs))
@@ -121,27 +133,30 @@ class Frozen:
             raise UserError(f"{path} is not a frozen folder: it has no frozen.json; give RUN/frozen or RUN")
         manifest = read_manifest(path)
         with understood(path):
-            frozen = _opened(path)
-            found = _digests(frozen.tensors(), threads=2)
+            found = _digests(stored(path / TENSORS).items(), threads=2)
         for name in [*found, *manifest["tensors"]]:
             if name not in found:
                 raise VerifyError(f"{path / TENSORS}: {name} is missing, and the manifest has it")
             if manifest["tensors"].get(name) != found[name]:
                 raise VerifyError(f"{path / TENSORS}: {name} is not the tensor in the manifest")
-        frozen._checked = found, frozen.weights, frozen.floats
-        return frozen
+        with understood(path):
+            return _opened(path, found)
 
 
-def _opened(path: Path, digests: Mapping[str, str] | None = None) -> Frozen:
-    """What `Frozen.load` returns, unchecked. digests: of its tensors, if they are known."""
+def _opened(path: Path, digests: Mapping[str, str]) -> Frozen:
+    """What `Frozen.load` returns, unchecked. digests: of its tensors."""
     tensors = stored(path / TENSORS)
     meta = json.loads((path / "frozen.json").read_text())
     specs = {n: QuantSpec.from_dict(m["spec"]) for n, m in meta["weights"].items()}
 
     def weight(name: str) -> FrozenWeight:
         entry = meta["weights"][name]
-        q = QTensor(tensors[f"{name}.codes"], tensors[f"{name}.scale"], tensors.get(f"{name}.offset"), specs[name])
-        return FrozenWeight(q, entry["kind"], tuple(entry["shape"]))
+        kind, shape = entry["kind"], tuple(entry["shape"])
+        codes, scale, offset = (tensors.get(f"{name}.{part}") for part in _PARTS)
+        if codes is None or scale is None:
+            raise KeyError(f"{name}.{'scale' if scale is None else 'codes'}")
+        q = filed(codes, scale, offset, specs[name], matrix(kind, shape))
+        return FrozenWeight(q, kind, shape)
 
     def part(name: str) -> Tensor | None:
         return tensors[name].clone() if name in tensors else None  # mapped, each would keep the file open
@@ -155,7 +170,8 @@ def _opened(path: Path, digests: Mapping[str, str] | None = None) -> Frozen:
     tokenizer = {f.name: f.read_bytes() for f in files}
     weights, floats = Later(specs, weight), Later(meta["floats"], tensors.__getitem__)
     frozen = Frozen(weights, floats, inputs, meta["ties"], meta["config"], tokenizer)
-    return frozen if digests is None else replace(frozen, _checked=(digests, weights, floats))
+    packed_so = meta.get("codes") == CODES  # else an earlier version's, whose digests are of a byte a code
+    return replace(frozen, _checked=(digests, weights, floats)) if packed_so else frozen
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -193,6 +209,7 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
     """Write the folder of `blank` (`Frozen.blank`) atomically from its tensors, which come one at a time; returns what
     reads from it."""
     meta = {
+        "codes": CODES,
         "weights": {
             n: {"spec": w.tensor.spec.to_dict(), "kind": w.kind, "shape": list(w.shape)}
             for n, w in blank.weights.items()

@@ -5,31 +5,27 @@ import math
 import torch
 from torch import Tensor
 
+STRIP = 2**18  # packed bytes that are handled at a time
 _AS_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the number of bytes
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes (R, C), each below 2**bits, -> int32 words (R, ceil(C * bits / 32)).
+def pack(codes: Tensor, bits: int, low: int = 0) -> Tensor:
+    """Codes (R, C), int8 or uint8, each from `low` to below low + 2**bits, -> int32 words (R, ceil(C * bits / 32)).
 
-    Element 0 takes the least significant bits; a code may straddle two words; the tail of the last word is zero.
+    Packed is the code less low. Element 0 takes the least significant bits; a code may straddle two words; the tail of
+    the last word is zero.
     """
     rows, cols = codes.shape
     words = math.ceil(cols * bits / 32)
-    if 8 % bits == 0:  # whole codes in a byte: one integer holds the codes of a byte, a byte each
-        per = 8 // bits
-        flat = _pad(codes.to(torch.uint8), words * 4 * per).reshape(-1).contiguous()
-        if flat.storage_offset() % 8:  # a view of wider integers must begin at a whole one
-            flat = flat.clone()
-        c = flat.view(_AS_WIDE[per]).reshape(rows, words * 4)
-        out = c if per == 1 else c >> (8 - bits)
-        for i in range(2, per):
-            out |= c >> (i * (8 - bits))
-        out = out if per == 1 else (out | c).to(torch.uint8)  # the lowest byte; the others are left over
-        return out.reshape(-1).view(torch.int32).reshape(rows, words)
+    if codes.is_meta:
+        return codes.new_empty(rows, words, dtype=torch.int32)
+    if 8 % bits == 0:
+        whole = _pad(codes.contiguous(), words * 32 // bits, low)
+        return _gather(whole.reshape(-1).view(torch.uint8), bits, low).view(torch.int32).reshape(rows, words)
     period = 32 // math.gcd(32, bits)  # codes after which the pattern of words repeats
     span = period * bits // 32
     groups = math.ceil(cols / period)
-    c = _pad(codes.to(torch.int64), groups * period).reshape(rows, groups, period)
+    c = _pad(codes.to(torch.int64) - low, groups * period).reshape(rows, groups, period)
     out = torch.zeros(rows, groups, span, dtype=torch.int64, device=codes.device)
     for i in range(period):
         word, shift = divmod(i * bits, 32)
@@ -46,10 +42,7 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
     if words != math.ceil(cols * bits / 32):
         raise ValueError(f"{cols} codes of {bits} bits need {math.ceil(cols * bits / 32)} words a row, not {words}")
     if 8 % bits == 0:
-        per = 8 // bits
-        b = packed.reshape(-1).view(torch.uint8).reshape(rows, words * 4)
-        out = torch.stack([(b >> (i * bits)) & (2**bits - 1) for i in range(per)], -1)
-        return out.reshape(rows, -1)[:, :cols].contiguous()
+        return _spread(packed.reshape(-1).view(torch.uint8), bits).reshape(rows, -1)[:, :cols].contiguous()
     period = 32 // math.gcd(32, bits)
     span = period * bits // 32
     groups = math.ceil(cols / period)
@@ -66,5 +59,47 @@ def unpack(packed: Tensor, bits: int, cols: int) -> Tensor:
     return out.reshape(rows, -1)[:, :cols].contiguous()
 
 
-def _pad(x: Tensor, cols: int) -> Tensor:
-    return x if cols == x.shape[1] else torch.nn.functional.pad(x, (0, cols - x.shape[1]))
+def _strips(size: int, device: torch.device) -> list[slice]:
+    """Of a dimension, pieces that stay in a CPU's cache."""
+    step = STRIP if device.type == "cpu" else max(1, size)
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def _gather(codes: Tensor, bits: int, low: int) -> Tensor:
+    """uint8 (N) codes, less `low` -> bytes (N * bits / 8) of whole codes, low bits first. One integer holds the codes
+    of a byte, a byte each: every second moves down to its neighbour, then pairs do, into the lowest byte."""
+    per = 8 // bits
+    out = torch.empty(len(codes) // per, dtype=torch.uint8, device=codes.device)
+    strips = _strips(len(out), codes.device)
+    apart = torch.empty(strips[0].stop * per if strips else 0, dtype=torch.uint8, device=codes.device)
+    moved = torch.empty_like(apart.view(_AS_WIDE[per]))
+    for at in strips:
+        taken = codes[at.start * per : at.stop * per]
+        x = torch.sub(taken, low % 256, out=apart[: len(taken)]).view(_AS_WIDE[per])  # uint8 wraps, as it should
+        near = 1
+        while near < per:
+            x.bitwise_or_(torch.bitwise_right_shift(x, near * (8 - bits), out=moved[: len(x)]))
+            near *= 2
+        out[at] = x  # the lowest byte; the others are left over
+    return out
+
+
+def _spread(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `_gather` for low = 0. Each byte is widened to as many as it has codes, whose upper half moves up,
+    then the upper halves of the halves."""
+    per = 8 // bits
+    out = torch.empty(packed.shape, dtype=_AS_WIDE[per], device=packed.device)
+    strips = _strips(len(packed), packed.device)
+    moved = torch.empty_like(out[strips[0]] if strips else out)
+    for at in strips:
+        x = out[at].copy_(packed[at])
+        half = per // 2
+        while half:
+            upper = torch.bitwise_left_shift(x, half * (8 - bits), out=moved[: len(x)])
+            x.bitwise_or_(upper).bitwise_and_(sum((2 ** (half * bits) - 1) << k for k in range(0, per * 8, half * 8)))
+            half //= 2
+    return out.view(torch.uint8)
+
+
+def _pad(x: Tensor, cols: int, value: int = 0) -> Tensor:
+    return x if cols == x.shape[1] else torch.nn.functional.pad(x, (0, cols - x.shape[1]), value=value)

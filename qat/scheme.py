@@ -171,6 +171,13 @@ def check_block(shape: tuple[int, int], block: Block) -> tuple[int, int]:
     return r, c
 
 
+def matrix(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(out, in) of a float parameter of this layer kind and shape."""
+    if kind == "Conv1D":
+        return shape[1], shape[0]
+    return shape[0], int(torch.Size(shape[1:]).numel())
+
+
 def bits_per_weight(spec: QuantSpec, shape: tuple[int, int]) -> float:
     """Stored bits for each element of a (R, C) tensor: codes, scales and offsets."""
     r, c = check_block(shape, spec.block)

@@ -38,6 +38,7 @@ NAMES = {  # in the order of the library, which stores the widest first and equa
     torch.bool: "BOOL",
 }
 SMALL = 2**16  # bytes of a tensor that is read, not mapped
+ROOM = 2**24  # bytes that may wait for a thread
 _ORDER = {dtype: rank for rank, dtype in enumerate(NAMES)}
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
@@ -149,19 +150,24 @@ class Writer:
 class Behind:
     """A function that other threads call while its next arguments are made: writing and hashing let threads run.
 
-    Of one thread, the calls keep their order. No more calls wait than there are threads, so that no more is in memory.
-    The first error is raised by a later call or at the end.
+    Of one thread, the calls keep their order. A call waits while those before hold more than ROOM bytes of tensors
+    besides the largest, one a thread: a weight is in use, its scales wait, and the next weight is being made. The first
+    error is raised by a later call or at the end.
     """
 
     def __init__(self, use: Callable[..., object], threads: int = 1) -> None:
         self.use, self.threads = use, threads
         self.pool = ThreadPoolExecutor(threads)
-        self.waiting: deque[Future[object]] = deque()
+        self.waiting: deque[tuple[Future[object], int]] = deque()
 
     def __call__(self, *given: Any) -> None:
-        if len(self.waiting) == self.threads:
-            self.waiting.popleft().result()
-        self.waiting.append(self.pool.submit(self.use, *given))
+        size = sum(getattr(x, "nbytes", 0) for x in given)
+        while self.waiting and (self.waiting[0][0].done() or self._beside(size) > ROOM):
+            self.waiting.popleft()[0].result()
+        self.waiting.append((self.pool.submit(self.use, *given), size))
+
+    def _beside(self, size: int) -> int:
+        return sum(sorted([size, *(held for _, held in self.waiting)])[: -self.threads])
 
     def __enter__(self) -> Self:
         return self
@@ -169,4 +175,4 @@ class Behind:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.pool.shutdown()
         while self.waiting and error is None:
-            self.waiting.popleft().result()
+            self.waiting.popleft()[0].result()

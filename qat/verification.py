@@ -183,7 +183,7 @@ def own_run(folder: Path) -> Path | None:
 
 def bits_per_weight(frozen: Frozen) -> float:
     """Stored bits (codes, scales, offsets, floats) over all weights; ties count once."""
-    codes = sum(w.tensor.codes.numel() for w in frozen.weights.values())  # one at a time: each maps its file
+    codes = sum(w.tensor.shape.numel() for w in frozen.weights.values())  # one at a time: each maps its file
     return 8 * frozen.nbytes() / (codes + sum(t.numel() for t in frozen.floats.values()))
 
 

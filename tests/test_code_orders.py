@@ -46,7 +46,7 @@ def test_swapped_nibbles_of_every_block_type(held: BlockType) -> None:
 def test_swapped_nibbles_of_packed_words(bits: int, target: str, offset: str | None) -> None:
     kind = {"range": "minmax", "offset": offset} if offset else {}
     w = weight(QuantSpec(qtype=f"int{bits}", block=(1, 32), scale="float16", **kind))  # pyright: ignore[reportArgumentType]
-    packed = awq.words(w) if target == "awq" else gptq.words(w, 2)
+    packed = {k: make() for k, make in (awq.words(w) if target == "awq" else gptq.words(w, 2)).items()}
     words = packed["qweight"].view(torch.uint8)
     packed["qweight"] = (words >> 4 | words << 4).view(torch.int32)
     found_ = {"bits": bits, "group_size": 32, "sym": offset is None}

@@ -4,7 +4,6 @@ import errno
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from qat.files import (
     atomic_file,
     atomic_folder,
     atomic_write,
-    flushed_meanwhile,
     refuse_foreign,
     refuse_unwritable,
     write_manifest,
@@ -165,17 +163,3 @@ def test_an_interrupt_while_a_folder_is_replaced_leaves_one_that_is_whole(
         (folder / "a").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x" / "a").read_text() == ("old" if renames == 1 else "new")
-
-
-def test_an_interrupt_at_the_start_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start, started = threading.Thread.start, []
-
-    def interrupted(self: threading.Thread) -> None:
-        start(self)
-        started.append(self)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt), flushed_meanwhile(tmp_path):
-        pass
-    assert [t.is_alive() for t in started] == [False]

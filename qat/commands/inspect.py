@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> None:
     for column in ("tensor", "shape", "grid", "bits/weight", "bytes"):
         table.add_column(column, justify="right" if column in ("bits/weight", "bytes") else "left", overflow="fold")
     for name, w in frozen.weights.items():
-        codes, spec = w.tensor.codes, w.tensor.spec
-        bits = bits_per_weight(spec, (codes.shape[0], codes.shape[1]))
-        size = int(codes.numel() * bits / 8)
+        shape, spec = w.tensor.shape, w.tensor.spec
+        bits = bits_per_weight(spec, (shape[0], shape[1]))
+        size = int(shape.numel() * bits / 8)
         table.add_row(name, "×".join(map(str, w.shape)), spec.label(), f"{bits:.2f}", f"{size:,}")
     for name, value in frozen.floats.items():
         kind = str(value.dtype).removeprefix("torch.")

@@ -17,8 +17,9 @@ from typing import Any
 
 from qat.errors import UserError
 from qat.exporters.reading import read
-from qat.files import MANIFEST, atomic_folder, flushed_meanwhile, read_manifest, refuse_foreign, write_manifest
+from qat.files import MANIFEST, atomic_folder, read_manifest, refuse_foreign, write_manifest
 from qat.frozen import Frozen
+from qat.meanwhile import fewer_threads, flushed_meanwhile, hashed_meanwhile
 
 
 def targets() -> list[str]:
@@ -102,11 +103,12 @@ def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:
     path = Path(path)
     refuse_foreign(path)
     digests = as_held(module, frozen).digests()
-    with atomic_folder(path) as folder, flushed_meanwhile(folder):
-        module.export(frozen, folder)
+    with atomic_folder(path) as folder, flushed_meanwhile(folder), hashed_meanwhile(folder) as hashed:
+        with fewer_threads():
+            module.export(frozen, folder)
         if card:
             (folder / "README.md").write_text(card, encoding="utf-8")
-        write_manifest(folder, {"kind": "export", "target": target, "tensors": digests})
+        write_manifest(folder, {"kind": "export", "target": target, "tensors": digests}, hashed)
     return path
 
 

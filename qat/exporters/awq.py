@@ -26,18 +26,22 @@ from qat.exporters.gptq_layout import (
     refuse_scheme,
     refuse_together,
     restored,
+    scales,
     tensors,
-    unsigned,
+    zeros,
 )
 from qat.exporters.hf_folder import write
+from qat.exporters.hf_layout import Part
+from qat.filed import words as packed_words
 from qat.frozen import Frozen, FrozenWeight
-from qat.packing import unpack
+from qat.packing import pack, unpack
 from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec
 
 RUNTIME = "transformers_folder"
 METHOD = "awq"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds column ORDER[i]
+STRIP = 2**18  # words that are turned at a time
 INVERSE = [ORDER.index(i) for i in range(8)]
 
 __all__ = [
@@ -84,22 +88,44 @@ def header(frozen: Frozen) -> dict[str, Any]:
     return config_of(frozen, quantization)
 
 
-def words(w: FrozenWeight) -> dict[str, Tensor]:
+def words(w: FrozenWeight) -> dict[str, Part]:
     """The three tensors of one layer."""
-    codes, zero, scale = unsigned(w)
-    return {"qweight": _pack(codes), "qzeros": _pack(zero), "scales": scale.t().contiguous()}
+    groups = w.tensor.scale.shape[1]
+    return {
+        "qweight": lambda: _turned(packed_words(w.tensor), w.tensor.shape[1]),
+        "qzeros": lambda: _turned(pack(zeros(w), 4), groups),
+        "scales": lambda: scales(w),
+    }
 
 
-def _pack(x: Tensor) -> Tensor:
-    """uint8 (C, R) below 16 -> int32 (R, C / 8)."""
-    eights = x.reshape(-1, 8, x.shape[1])
-    pairs = zip(ORDER[::2], ORDER[1::2], strict=True)
-    parts = torch.stack([eights[:, low] | eights[:, high] << 4 for low, high in pairs], -1)
-    return parts.view(torch.int32)[..., 0].t().contiguous()
+def _turned(words: Tensor, cols: int) -> Tensor:
+    """int32 words (R, ceil(C / 8)) of nibbles along C, in their order -> (C, R / 8) along R, in AWQ's.
+
+    Eight words of eight nibbles are a matrix, which is transposed in three steps (Warren, Hacker's Delight, 7-3): of
+    every pair of words that lie `far` apart, the upper nibbles of the one and the lower of the other change places.
+    """
+    rows, width = len(words) // 8, words.shape[1]
+    if words.is_meta:
+        return words.new_empty(cols, rows)
+    taken = words.view(rows, 8, width).transpose(0, 1)
+    out = torch.empty(8, rows, width, dtype=torch.int32)
+    step = max(1, STRIP // max(1, 8 * width))
+    changed = torch.empty_like(out[:4, :step])
+    for i in range(0, rows, step):  # what stays in cache
+        strip = out[:, i : i + step]
+        for to, row in enumerate(ORDER):
+            strip[to] = taken[row, i : i + step]
+        for far, lower in ((4, 0xFFFF), (2, 0xFF00FF), (1, 0xF0F0F0F)):
+            low, high = strip.view(-1, 2, far, *strip.shape[1:]).unbind(1)
+            moved = changed[:, : strip.shape[1]].view(low.shape)
+            torch.bitwise_right_shift(low, 4 * far, out=moved).bitwise_xor_(high).bitwise_and_(lower)
+            high ^= moved
+            low ^= moved.bitwise_left_shift_(4 * far)
+    return out.view(8 * rows, width).t().contiguous().view(8 * width, rows)[:cols]
 
 
 def _unpack(x: Tensor) -> Tensor:
-    """The inverse of `_pack`, int32."""
+    """int32 words (R, C / 8) of nibbles along C in AWQ's order -> codes (R, C), int32."""
     flat = unpack(x, 4, x.shape[1] * 8)
     return flat.reshape(x.shape[0], -1, 8)[..., INVERSE].reshape(flat.shape).int()
 

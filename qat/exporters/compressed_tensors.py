@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.exporters.hf_layout import encode
+from qat.exporters.hf_layout import Part, encode
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec
 
@@ -107,7 +107,7 @@ def for_vllm(found: dict[str, Any]) -> bool:
     return found.get("quant_method") == METHOD and len(groups) == 1 and bool(groups[0].get("input_activations"))
 
 
-def tensors(name: str, w: FrozenWeight, given: FrozenInput | None, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors(name: str, w: FrozenWeight, given: FrozenInput | None, dtype: torch.dtype) -> dict[str, Part]:
     """The tensors to store for one weight and its layer's input, under the library's names.
 
     Layers with quantized inputs keep int8 codes (out, in) under the weight's own name ("int-quantized", at 4 bits
@@ -117,11 +117,12 @@ def tensors(name: str, w: FrozenWeight, given: FrozenInput | None, dtype: torch.
     parts = encode(name, w.tensor)
     scale, zero = parts[f"{name}_scale"], parts.get(f"{name}_offset")
     if given is not None:
-        out = {name: w.tensor.codes.contiguous(), f"{name}_scale": scale}
-        fixed = {} if given.scale is None else {f"{name.removesuffix('weight')}input_scale": given.scale.reshape(1)}
-        return out | fixed
-    out = {f"{name}_packed": parts[name], f"{name}_scale": scale, f"{name}_shape": torch.tensor(w.shape)}
-    return out if zero is None else {**out, f"{name}_scale": scale.to(dtype), f"{name}_zero_point": zero}
+        out: dict[str, Part] = {name: lambda: w.tensor.codes.contiguous(), f"{name}_scale": scale}
+        if (fixed := given.scale) is None:
+            return out
+        return {**out, f"{name.removesuffix('weight')}input_scale": lambda: fixed.reshape(1)}
+    out = {f"{name}_packed": parts[name], f"{name}_scale": scale, f"{name}_shape": lambda: torch.tensor(w.shape)}
+    return out if zero is None else {**out, f"{name}_scale": lambda: scale().to(dtype), f"{name}_zero_point": zero}
 
 
 def describe(frozen: Frozen) -> dict[str, Any]:

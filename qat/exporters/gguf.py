@@ -184,7 +184,7 @@ def export(frozen: Frozen, path: Path) -> None:
         writer.add_tensor_info(table.get(name, name), array.shape, array.dtype, array.nbytes)
     for name, w in frozen.weights.items():
         ggml = _type(w).ggml
-        shape = quant_shape_to_byte_shape(w.tensor.codes.shape, ggml)
+        shape = quant_shape_to_byte_shape(w.tensor.shape, ggml)
         writer.add_tensor_info(table[name], shape, np.dtype(np.uint8), math.prod(shape), ggml)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -34,7 +34,7 @@ def _file_type(frozen: Frozen) -> LlamaFileType:
         held = block_type(w.tensor.spec)
         assert held is not None
         name = held.ggml.name
-        sizes[name] = sizes.get(name, 0) + w.tensor.codes.numel()
+        sizes[name] = sizes.get(name, 0) + w.tensor.shape.numel()
     if not sizes:
         return LlamaFileType.ALL_F32
     most = max(sizes, key=lambda name: sizes[name])

@@ -84,7 +84,7 @@ def _from_head(b: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def _pairs(q: QTensor) -> np.ndarray:
     """Codes [N, K] -> [N, B, 4, 2, 32]: runs of 64, whose halves share bytes."""
-    return q.codes.contiguous().numpy().reshape(len(q.codes), -1, 4, 2, 32)
+    return q.codes.contiguous().numpy().reshape(q.shape[0], -1, 4, 2, 32)
 
 
 def pack_q4_k(q: QTensor) -> np.ndarray:

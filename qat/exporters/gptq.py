@@ -26,10 +26,13 @@ from qat.exporters.gptq_layout import (
     refuse_scheme,
     refuse_together,
     restored,
+    scales,
     tensors,
-    unsigned,
+    zeros,
 )
 from qat.exporters.hf_folder import write
+from qat.exporters.hf_layout import Part
+from qat.filed import words as packed_words
 from qat.frozen import Frozen, FrozenWeight
 from qat.packing import pack, unpack
 from qat.runtimes.environments import missing_environment
@@ -98,16 +101,14 @@ def header(frozen: Frozen, version: int = 2) -> dict[str, Any]:
     return config_of(frozen, quantization)
 
 
-def words(w: FrozenWeight, version: int) -> dict[str, Tensor]:
+def words(w: FrozenWeight, version: int) -> dict[str, Part]:
     """The four tensors of one layer. Version 1 takes zero points of at least 1."""
-    codes, zero, scale = unsigned(w)
-    zero = zero - 1 if version == 1 else zero
-    bits, columns = w.tensor.spec.type.bits, codes.shape[1]
+    bits, columns, groups = w.tensor.spec.type.bits, w.tensor.shape[1], w.tensor.scale.shape[1]
     return {
-        "qweight": pack(codes, bits).t().contiguous(),
-        "qzeros": pack(zero.t(), bits).contiguous(),
-        "scales": scale.t().contiguous(),
-        "g_idx": (torch.arange(columns) // (columns // scale.shape[1])).int(),
+        "qweight": lambda: packed_words(w.tensor).t().contiguous(),
+        "qzeros": lambda: pack((zeros(w) - (2 - version)).t(), bits).contiguous(),
+        "scales": lambda: scales(w),
+        "g_idx": lambda: (torch.arange(columns) // (columns // groups)).int(),
     }
 
 

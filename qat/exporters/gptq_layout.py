@@ -12,14 +12,16 @@ from qat.errors import UserError
 from qat.exporters.hf_folder import (
     base_config,
     described,
+    floats_of,
     frozen_weight,
+    parts_of,
     read_config,
     read_tensors,
     refuse_model,
     said_of,
     tokenizer_files,
 )
-from qat.exporters.hf_layout import CONV1D
+from qat.exporters.hf_layout import CONV1D, Part
 from qat.frozen import Frozen, FrozenWeight
 from qat.scheme import QuantSpec, Scheme
 
@@ -121,19 +123,22 @@ def check(frozen: Frozen) -> QuantSpec:
     return next(iter(specs.values()))
 
 
-def unsigned(w: FrozenWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes (out, in), zero points (out, in / g), both uint8 from 0 on, scales (out, in / g) float16) of a weight."""
+def zeros(w: FrozenWeight) -> Tensor:
+    """Zero points (out, in / g), uint8 from 0 on; the middle code of a symmetric grid."""
     q = w.tensor
-    low = q.spec.type.qmin
-    zero = torch.full(q.scale.shape, -low) if q.offset is None else q.offset - low
-    return q.codes.contiguous().view(torch.uint8) + -low, zero.to(torch.uint8), q.scale.to(torch.float16)  # uint8 wraps
+    middle = torch.zeros_like(q.scale, dtype=torch.int32) if q.offset is None else q.offset
+    return (middle - q.spec.type.qmin).to(torch.uint8)
 
 
-def tensors(words: Callable[[FrozenWeight], dict[str, Tensor]], frozen: Frozen) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder; words: those of one layer."""
-    yield from frozen.floats.items()
-    for name, w in frozen.weights.items():
-        yield from ((f"{name.removesuffix('weight')}{k}", t) for k, t in words(w).items())
+def scales(w: FrozenWeight) -> Tensor:
+    """float16 (in / g, out)."""
+    return w.tensor.scale.to(torch.float16).t().contiguous()
+
+
+def tensors(words: Callable[[FrozenWeight], dict[str, Part]], frozen: Frozen) -> Iterator[tuple[str, Part]]:
+    """What makes every tensor of the folder; words: those of one layer."""
+    yield from floats_of(frozen)
+    yield from parts_of(frozen, lambda name, w: {f"{name.removesuffix('weight')}{k}": t for k, t in words(w).items()})
 
 
 def config_of(frozen: Frozen, quantization: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qat.errors import UserError, understood
 from qat.exporters import compressed_tensors
@@ -17,7 +16,9 @@ from qat.exporters.compressed_tensors_read import our_name, ours, translate
 from qat.exporters.hf_folder import (
     base_config,
     float_dtype,
+    floats_of,
     opened,
+    parts_of,
     read_config,
     read_tensors,
     refuse_model,
@@ -25,10 +26,10 @@ from qat.exporters.hf_folder import (
     weight_files,
     write,
 )
-from qat.exporters.hf_layout import decode, describe, encode, encode_input, matrix
-from qat.frozen import Frozen, FrozenInput
+from qat.exporters.hf_layout import Part, decode, describe, encode, encode_input
+from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.runtimes.environments import missing_environment
-from qat.scheme import GELUS, KV_CACHES, QuantSpec
+from qat.scheme import GELUS, KV_CACHES, QuantSpec, matrix
 
 RUNTIME = "transformers_folder"
 # qat.packed computes the first two
@@ -86,13 +87,16 @@ def readers(frozen: Frozen) -> list[str]:
     return [] if why is None else [f"vLLM and plain transformers cannot read it ({why}); `import qat` first"]
 
 
-def packed_tensors(frozen: Frozen, plain: bool) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder. plain: under compressed-tensors' names."""
-    yield from ((n, t.contiguous()) for n, t in frozen.floats.items())
+def packed_tensors(frozen: Frozen, plain: bool) -> Iterator[tuple[str, Part]]:
+    """What makes every tensor of the folder. plain: under compressed-tensors' names."""
+    yield from floats_of(frozen)
     dtype = float_dtype(frozen)
-    for name, w in frozen.weights.items():
+
+    def parts(name: str, w: FrozenWeight) -> dict[str, Part]:
         given = frozen.inputs.get(name.removesuffix(".weight"))
-        yield from (compressed_tensors.tensors(name, w, given, dtype) if plain else encode(name, w.tensor)).items()
+        return compressed_tensors.tensors(name, w, given, dtype) if plain else encode(name, w.tensor)
+
+    yield from parts_of(frozen, parts)
     for name, i in frozen.inputs.items():
         yield from () if plain else encode_input(name, i).items()
 

@@ -6,8 +6,8 @@ say in which dtype a scale was decided, or by which rule.
 
 import json
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import reduce
+from contextlib import contextmanager
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat.affine import QTensor
 from qat.errors import UserError, VerifyError, understood
-from qat.exporters.hf_layout import describe, narrow
+from qat.exporters.hf_layout import Part, describe, narrow
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec, check_block, stored_dtype
 from qat.streams import Behind, Writer, info
@@ -56,27 +56,43 @@ def write(
     path: Path,
     config: dict[str, Any],
     frozen: Frozen,
-    tensors: Callable[[Frozen], Iterator[tuple[str, Tensor]]],
+    tensors: Callable[[Frozen], Iterator[tuple[str, Part]]],
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Write the folder. tensors: what is stored of a Frozen, asked first for one without storage, to learn the shapes,
-    then for `frozen`, to write each tensor as it comes. metadata: of every weight file's header."""
+    then for `frozen`, to make each tensor when its place in the file has come, so that a file only grows. metadata: of
+    every weight file's header."""
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     for name, content in frozen.tokenizer.items():
         (path / name).write_bytes(content)
-    infos = {n: info(t) for n, t in tensors(frozen.blank())}
+    infos = {n: info(make()) for n, make in tensors(frozen.blank())}
     blank = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (dtype, shape) in infos.items()}
     split = split_torch_state_dict_into_shards(blank, max_shard_size=SHARD_BYTES)
     header = {"format": "pt", **(metadata or {})}
-    files = split.filename_to_tensors.items()
-    with ExitStack() as stack:
-        parts = {f: stack.enter_context(Writer(path / f, {n: infos[n] for n in names}, header)) for f, names in files}
-        put = stack.enter_context(Behind(lambda name, tensor: parts[split.tensor_to_filename[name]].put(name, tensor)))
-        for name, tensor in tensors(frozen):
-            put(name, tensor)
+    makers = dict(tensors(frozen))
+    for file, names in split.filename_to_tensors.items():
+        with Writer(path / file, {n: infos[n] for n in names}, header) as writer, Behind(writer.put) as put:
+            for name in list(writer.places):
+                put(name, makers[name]())
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def parts_of(frozen: Frozen, parts: Callable[[str, FrozenWeight], dict[str, Part]]) -> Iterator[tuple[str, Part]]:
+    """Of every weight the parts that `parts` gives it; the weight is read when one is made, and let go with it."""
+    for name in frozen.weights:
+        for key in parts(name, frozen.weights[name]):
+            yield key, partial(_part, frozen, parts, name, key)
+
+
+def _part(frozen: Frozen, parts: Callable[[str, FrozenWeight], dict[str, Part]], name: str, key: str) -> Tensor:
+    return parts(name, frozen.weights[name])[key]()
+
+
+def floats_of(frozen: Frozen) -> Iterator[tuple[str, Part]]:
+    """Every float under its own name."""
+    return ((name, partial(frozen.floats.__getitem__, name)) for name in frozen.floats)
 
 
 def read_config(path: Path) -> dict[str, Any]:

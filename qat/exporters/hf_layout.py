@@ -7,24 +7,20 @@ pack-quantized layout but for the names. The words sit under the float parameter
 not know them fails on their shape: (out, ceil(in * bits / 32)) is no float weight's shape unless in = 1.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat.affine import QTensor
+from qat.filed import words
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.packing import pack, unpack
-from qat.scheme import QuantSpec, check_block
+from qat.scheme import QuantSpec, check_block, matrix
 
+Part = Callable[[], Tensor]  # makes one stored tensor
 CONV1D = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # GPT-2 keeps these (in, out); others (out, in)
-
-
-def matrix(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(out, in) of a float parameter of this layer kind and shape."""
-    if kind == "Conv1D":
-        return shape[1], shape[0]
-    return shape[0], int(torch.Size(shape[1:]).numel())
 
 
 def _plain(x: Tensor) -> Tensor:
@@ -45,8 +41,7 @@ def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def to_words(codes: Tensor, spec: QuantSpec) -> Tensor:
     """Codes (R, C), any integer dtype -> int32 words (R, ceil(C * bits / 32))."""
-    stored = _plain(codes.to(spec.type.storage)).view(torch.uint8)
-    return pack(stored + -spec.type.qmin, spec.type.bits)  # uint8 wraps, as it should
+    return pack(codes.to(spec.type.storage), spec.type.bits, spec.type.qmin)
 
 
 def to_codes(words: Tensor, spec: QuantSpec, cols: int) -> Tensor:
@@ -62,14 +57,14 @@ def to_offset(stored: Tensor | None, spec: QuantSpec, rows: int) -> Tensor | Non
     return unpack(_plain(stored.t()), spec.type.bits, rows).t().to(torch.int32) + spec.type.qmin
 
 
-def encode(name: str, q: QTensor) -> dict[str, Tensor]:
+def encode(name: str, q: QTensor) -> dict[str, Part]:
     """The tensors to store for one weight."""
-    out = {name: to_words(q.codes, q.spec), f"{name}_scale": q.scale.contiguous()}
-    if q.offset is not None and q.spec.offset == "zero_point":
-        out[f"{name}_offset"] = to_words(q.offset.t(), q.spec).t().contiguous()
-    elif q.offset is not None:
-        out[f"{name}_offset"] = q.offset.contiguous()
-    return out
+    out: dict[str, Part] = {name: lambda: words(q), f"{name}_scale": q.scale.contiguous}
+    if (offset := q.offset) is None:
+        return out
+    if q.spec.offset == "zero_point":
+        return {**out, f"{name}_offset": lambda: to_words(offset.t(), q.spec).t().contiguous()}
+    return {**out, f"{name}_offset": offset.contiguous}
 
 
 def decode(name: str, tensors: dict[str, Tensor], entry: dict[str, Any], spec: QuantSpec) -> FrozenWeight:
@@ -82,10 +77,10 @@ def decode(name: str, tensors: dict[str, Tensor], entry: dict[str, Any], spec: Q
     return FrozenWeight(QTensor(codes, tensors.pop(f"{name}_scale"), offset, spec), entry["kind"], shape)
 
 
-def encode_input(module: str, i: FrozenInput) -> dict[str, Tensor]:
+def encode_input(module: str, i: FrozenInput) -> dict[str, Part]:
     """The static scale and offset of a layer's input, (1, 1) each; nothing for a dynamic one."""
     parts = {f"{module}.input_scale": i.scale, f"{module}.input_offset": i.offset}
-    return {name: t for name, t in parts.items() if t is not None}
+    return {name: t.contiguous for name, t in parts.items() if t is not None}
 
 
 def describe(frozen: Frozen) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from qat.exporters.hf_folder import (
     base_config,
     described,
     float_dtype,
+    floats_of,
     frozen_weight,
+    parts_of,
     read_config,
     read_tensors,
     refuse_model,
@@ -27,7 +29,8 @@ from qat.exporters.hf_folder import (
     tokenizer_files,
     write,
 )
-from qat.exporters.hf_layout import to_words
+from qat.exporters.hf_layout import Part
+from qat.filed import words
 from qat.frozen import Frozen, FrozenWeight
 from qat.packing import unpack
 from qat.runtimes.environments import missing_environment
@@ -131,15 +134,21 @@ def refuse_values(name: str, w: FrozenWeight, frozen: Frozen) -> str | None:
     return f"{name} has scales or biases that {dtype} cannot hold: use 'portable' for both"
 
 
-def _tensors(frozen: Frozen) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder."""
-    for name, value in frozen.floats.items():
-        yield _theirs(name), value.t() if CONV1D.fullmatch(name) else value
+def _tensors(frozen: Frozen) -> Iterator[tuple[str, Part]]:
+    """What makes every tensor of the folder."""
+    for name, value in floats_of(frozen):
+        yield _theirs(name), (lambda value=value: value().t()) if CONV1D.fullmatch(name) else value
     dtype = float_dtype(frozen)
-    for name, w in frozen.weights.items():
+
+    def parts(name: str, w: FrozenWeight) -> dict[str, Part]:
         module = _theirs(name).removesuffix(".weight")
-        yield f"{module}.weight", to_words(w.tensor.codes, w.tensor.spec).view(torch.uint32)
-        yield from zip((f"{module}.scales", f"{module}.biases"), (t.to(dtype) for t in scales(w)), strict=True)
+        return {
+            f"{module}.weight": lambda: words(w.tensor).view(torch.uint32),
+            f"{module}.scales": lambda: scales(w)[0].to(dtype),
+            f"{module}.biases": lambda: scales(w)[1].to(dtype),
+        }
+
+    yield from parts_of(frozen, parts)
 
 
 def _theirs(name: str) -> str:

@@ -37,6 +37,10 @@ class GraphBase:
             self.constants[name] = numpy_helper.from_array(array, name)
         return name
 
+    def stored(self, name: str, value: Tensor) -> str:
+        """A constant that is of a quantized weight."""
+        return self.constant(name, value)
+
     def ints(self, *values: int) -> str:
         """A constant vector of int64."""
         return self.constant("/ints/" + "_".join(map(str, values)), np.array(values, np.int64))

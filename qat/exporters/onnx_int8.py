@@ -52,7 +52,7 @@ def weight(graph: GraphBase, name: str, held: FrozenWeight) -> tuple[str, str]:
     """The initializers of codes [N, K] and scales [N] or []."""
     scale = held.tensor.scale.float()
     flat = scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1)
-    return graph.constant(name, held.tensor.codes), graph.constant(f"{name}.scale", flat)
+    return graph.stored(name, held.tensor.codes), graph.stored(f"{name}.scale", flat)
 
 
 def embedding(graph: GraphBase, module: str, ids: str, name: str, held: FrozenWeight) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qat.affine import QTensor
+from qat.filed import words
 from qat.packing import pack, unpack
 from qat.scheme import QuantSpec, Scheme, check_block
 
@@ -58,13 +59,15 @@ def refuse_input(scheme: Scheme) -> str | None:
 
 def encode(held: QTensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B, scales, zero points) of a weight (N, K) on a grid that `refuse_grid` lets through."""
-    spec, (rows, cols) = held.spec, (held.codes.shape[0], held.codes.shape[1])
+    spec, (rows, cols) = held.spec, (held.shape[0], held.shape[1])
     block = check_block((rows, cols), spec.block)[1]
     bits, shift = spec.type.bits, _shift(spec)
-    codes = held.codes.contiguous().view(torch.uint8) + shift  # uint8 wraps, as it should
-    data = _bytes(codes, bits).reshape(rows, cols // block, -1)
+    if shift == -spec.type.qmin:
+        data = _whole(words(held), cols, bits)
+    else:
+        data = _bytes(held.codes.contiguous().view(torch.uint8) + shift, bits)  # uint8 wraps, as it should
     zero = torch.zeros_like(held.scale, dtype=torch.int32) if held.offset is None else held.offset
-    return data, held.scale.float().contiguous(), _bytes(zero + shift, bits)
+    return data.reshape(rows, cols // block, -1), held.scale.float().contiguous(), _bytes(zero + shift, bits)
 
 
 def decode(data: Tensor, scale: Tensor, zero: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -91,8 +94,12 @@ def _shift(spec: QuantSpec) -> int:
 
 def _bytes(codes: Tensor, bits: int) -> Tensor:
     """(R, C) -> uint8 (R, ceil(C * bits / 8))."""
-    words = pack(codes.to(torch.uint8), bits)
-    return words.view(torch.uint8)[:, : -(-codes.shape[1] * bits // 8)].contiguous()
+    return _whole(pack(codes.to(torch.uint8), bits), codes.shape[1], bits)
+
+
+def _whole(packed: Tensor, cols: int, bits: int) -> Tensor:
+    """The bytes of words that have codes in them."""
+    return packed.view(torch.uint8)[:, : -(-cols * bits // 8)].contiguous()
 
 
 def _codes(data: Tensor, bits: int, cols: int) -> Tensor:

@@ -41,6 +41,10 @@ class TextGraph(GraphBase):
             self.put(name, tensor)
         return name
 
+    def stored(self, name: str, value: Tensor) -> str:
+        """A constant that is of a quantized weight; without its data in a graph of `Frozen.blank`."""
+        return self.constant(name, value.to("meta") if self.put is None else value)
+
     def parameter(self, name: str) -> str:
         """An unquantized parameter, in float32."""
         name = self.frozen.ties.get(name, name)
@@ -56,7 +60,7 @@ class TextGraph(GraphBase):
         names = [name, f"{name}.scale", f"{name}.zero_point"][: 3 if zeros else 2]
         if any(n not in self.constants for n in names):
             for part, value in zip(names, encode(held.tensor), strict=False):
-                self.constant(part, value)
+                self.stored(part, value)
         return names
 
     def embedding(self, module: str, ids: str) -> str:
@@ -67,7 +71,7 @@ class TextGraph(GraphBase):
         if onnx_int8.is_row_wise(held.tensor.spec):
             return onnx_int8.embedding(self, module, ids, name, held)
         codes, *rest = self.packed(name, held, zeros=True)  # their default depends on the type of the codes
-        rows, cols = held.tensor.codes.shape
+        rows, cols = held.tensor.shape
         # a view, so that a tied head and this table are stored once
         table = self.add("Reshape", [codes, self.ints(rows, -1)], f"{module}/table")
         return self.add(
@@ -99,7 +103,7 @@ class TextGraph(GraphBase):
 
     def matmul_nbits(self, module: str, x: str, name: str, held: FrozenWeight) -> str:
         """x [..., K] -> [..., N] by ONNX Runtime's operator for packed blocks, without the bias."""
-        rows, cols = held.tensor.codes.shape
+        rows, cols = held.tensor.shape
         return self.add(
             "MatMulNBits",
             [x, *self.packed(name, held, zeros=held.tensor.offset is not None)],  # without: the middle of the codes

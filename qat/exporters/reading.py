@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from qat.errors import VerifyError, understood
-from qat.exporters.hf_layout import matrix
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
-from qat.scheme import check_block
+from qat.scheme import check_block, matrix
 
 
 def read(module: ModuleType, path: Path) -> Frozen:

@@ -21,9 +21,11 @@ from qat.exporters.hf_folder import (
     base_config,
     described,
     float_dtype,
+    floats_of,
     frozen_weight,
     inputs_of,
     opened,
+    parts_of,
     read_config,
     read_tensors,
     refuse_model,
@@ -32,6 +34,7 @@ from qat.exporters.hf_folder import (
     weight_files,
     write,
 )
+from qat.exporters.hf_layout import Part
 from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec, Scheme
 
@@ -130,20 +133,33 @@ def _scales(w: FrozenWeight, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _is_int8(w.tensor.spec) else dtype
 
 
-def _tensors(frozen: Frozen) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the folder."""
-    yield from frozen.floats.items()
+def _tensors(frozen: Frozen) -> Iterator[tuple[str, Part]]:
+    """What makes every tensor of the folder."""
+    yield from floats_of(frozen)
     dtype = float_dtype(frozen)
-    for name, w in frozen.weights.items():
-        for part, tensor in zip(PARTS, _parts(w.tensor, _scales(w, dtype)), strict=True):
-            yield f"{name.removesuffix('weight')}_weight_{part}", tensor
+
+    def parts(name: str, w: FrozenWeight) -> dict[str, Part]:
+        made = _codes(w.tensor), lambda: w.tensor.scale.to(_scales(w, dtype)), _zeros(w.tensor)
+        return {f"{name.removesuffix('weight')}_weight_{k}": make for k, make in zip(PARTS, made, strict=True)}
+
+    yield from parts_of(frozen, parts)
 
 
-def _parts(q: QTensor, scales: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    shift = -(2 ** (q.spec.type.bits - 1)) - q.spec.type.qmin  # torchao's codes are signed
-    zero = torch.zeros(q.scale.shape, dtype=torch.int8) if q.offset is None else (q.offset + shift).to(torch.int8)
-    codes = (q.codes.contiguous().view(torch.uint8) + shift % 256).view(torch.int8)  # uint8 wraps, as it should
-    return codes, q.scale.to(scales), zero
+def _shift(q: QTensor) -> int:
+    """From our codes to torchao's, which are signed."""
+    return -(2 ** (q.spec.type.bits - 1)) - q.spec.type.qmin
+
+
+def _codes(q: QTensor) -> Part:
+    if not (shift := _shift(q)):
+        return lambda: q.codes.contiguous()
+    return lambda: (q.codes.contiguous().view(torch.uint8) + shift % 256).view(torch.int8)  # uint8 wraps, as it should
+
+
+def _zeros(q: QTensor) -> Part:
+    if (offset := q.offset) is None:
+        return lambda: torch.zeros_like(q.scale, dtype=torch.int8)
+    return lambda: (offset + _shift(q)).to(torch.int8)
 
 
 def _type(dtype: torch.dtype | str) -> dict[str, str]:

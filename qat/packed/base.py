@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.affine import QParams, choose_qparams, from_codes, tile
-from qat.exporters.hf_layout import matrix, to_codes, to_offset
+from qat.exporters.hf_layout import to_codes, to_offset
 from qat.fake_quantize import fake_quantize
-from qat.scheme import QuantSpec, check_block, stored_dtype
+from qat.scheme import QuantSpec, check_block, matrix, stored_dtype
 
 SLAB = 2**15  # weights dequantized at a time on a CPU: they stay in its cache, and torch starts no threads for so few
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import UserError, VerifyError, understood
 from qat.exporters.compressed_tensors_read import our_name, ours
@@ -60,7 +60,7 @@ def pack(model: nn.Module, frozen: Frozen) -> nn.Module:
     replace_layers(model, described)
     dtype = float_dtype(frozen)
     try:
-        left = model.to(dtype).load_state_dict(dict(packed_tensors(frozen, plain=False)), strict=False, assign=True)
+        left = model.to(dtype).load_state_dict(_packed(frozen), strict=False, assign=True)
     except RuntimeError as e:
         raise UserError(f"the model is not the one that was frozen: {e}") from e
     tie_layers(model, described)
@@ -70,6 +70,10 @@ def pack(model: nn.Module, frozen: Frozen) -> nn.Module:
         raise UserError(f"the model is not the one that was frozen: {name} is in only one of the two")
     use_noted(model, frozen.config)
     return model.eval()
+
+
+def _packed(frozen: Frozen) -> dict[str, Tensor]:
+    return {name: make() for name, make in packed_tensors(frozen, plain=False)}
 
 
 @contextmanager
@@ -84,7 +88,7 @@ def _source(path: Path | str | Frozen) -> Iterator[tuple[dict[str, Any], dict[st
         elif not (path / "config.json").is_file():
             raise UserError(f"{path} is no run, no frozen folder and no Hugging Face folder; give one of these")
     if isinstance(path, Frozen):
-        yield path.config, describe(path), dict(packed_tensors(path, plain=False)), None
+        yield path.config, describe(path), _packed(path), None
         return
     config, described = quantization(path)
     with ExitStack() as stack:

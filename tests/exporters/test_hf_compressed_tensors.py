@@ -41,7 +41,7 @@ def test_zero_points_lie_as_theirs(bits: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(20, 64) + 0.3
     q = quantize(x, choose_qparams(x, spec), spec)
-    stored = encode("weight", q)
+    stored = {k: make() for k, make in encode("weight", q).items()}
     args = QuantizationArgs(num_bits=bits, symmetric=False, strategy="group", group_size=16)
     state = {
         "weight_packed": stored["weight"],
