@@ -149,11 +149,11 @@ def main() -> None:
         if len(found) < len(STEPS):
             continue
         size = found[0]["float"]
-        cells = "".join(f"{f['peak'] / size:14.2f} {f['seconds']:5.1f} {f['cpu']:5.1f}" for f in found)
+        cells = "".join(f"{f['peak'] / size:14.3f} {f['seconds']:5.1f} {f['cpu']:5.1f}" for f in found)
         limit = 1 + found[0]["layer"] / size
         wall, cpu = (size / 1e9 / (found[0][k] + found[1][k]) for k in ("seconds", "cpu"))
         name = f"{scheme(target)[0]}, {target}"
-        print(f"{name:30}{cells}{limit:7.2f} {wall:6.2f} {cpu:9.2f}", flush=True)
+        print(f"{name:30}{cells}{limit:7.3f} {wall:6.2f} {cpu:9.2f}", flush=True)
 
 
 if __name__ == "__main__":

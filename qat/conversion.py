@@ -1,6 +1,7 @@
 """prepare: a float model becomes one that trains with fake-quantized layers. convert: its codes are decided, once."""
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from qat.quantizers.base import FakeQuantize
 from qat.quantizers.minmax import MinMax
 from qat.quantizers.observed import Observed
 from qat.scheme import QuantSpec, Rule, Scheme
-from qat.streams import Later
+from qat.streams import ahead
 
 WeightQuantizer = Callable[[QuantSpec, Tensor], FakeQuantize]
 
@@ -182,12 +183,13 @@ def convert(
         own: Any = model.config
         config = dict(own) if isinstance(own, dict) else {**own.to_dict(), "architectures": [type(model).__name__]}
     rest = inputs, ties, config or {}, tokenizer or {}
-    weights = Later(layers, lambda name: _decided(name, layers[name]))
     if path is None:
-        return Frozen(dict(weights), {n: t.cpu().clone() for n, t in floats.items()}, *rest)
+        weights = {name: _decided(name, layer) for name, layer in layers.items()}
+        return Frozen(weights, {n: t.cpu().clone() for n, t in floats.items()}, *rest)
     shapes = {n: _blank(layer) for n, layer in layers.items()}
     announced = Frozen(shapes, {n: t.to("meta") for n, t in floats.items()}, *rest)
-    return write_frozen(path, announced, Frozen(weights, floats, *rest).tensors())
+    made = ahead(lambda name: _decided(name, layers[name]).tensors(name), layers)
+    return write_frozen(path, announced, chain(Frozen({}, floats, *rest).tensors(), chain.from_iterable(made)))
 
 
 def _decided(name: str, layer: QuantLayer) -> FrozenWeight:

@@ -42,6 +42,10 @@ class FrozenWeight:
         value = dequantize(self.tensor, dtype)
         return value.t().contiguous() if self.kind == "Conv1D" else value.reshape(self.shape)
 
+    def tensors(self, name: str) -> list[tuple[str, Tensor]]:
+        """`Frozen.tensors` of this weight."""
+        return _flat(name, {"codes": packed(self.tensor), "scale": self.tensor.scale, "offset": self.tensor.offset})
+
 
 @dataclass(frozen=True)
 class FrozenInput:
@@ -86,7 +90,7 @@ class Frozen:
         `MODULE.input.scale|offset`."""
         yield from self.floats.items()
         for name, w in self.weights.items():
-            yield from _flat(name, {"codes": packed(w.tensor), "scale": w.tensor.scale, "offset": w.tensor.offset})
+            yield from w.tensors(name)
         for name, i in self.inputs.items():
             yield from _flat(f"{name}.input", {"scale": i.scale, "offset": i.offset})
 
@@ -243,5 +247,5 @@ def blank(shape: tuple[int, int], spec: QuantSpec) -> QTensor:
     return QTensor(codes, torch.empty(grid, dtype=stored_dtype(spec.scale), device="meta"), offset, spec)
 
 
-def _flat(name: str, parts: dict[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
-    return ((f"{name}.{k}", t) for k, t in parts.items() if t is not None)
+def _flat(name: str, parts: dict[str, Tensor | None]) -> list[tuple[str, Tensor]]:
+    return [(f"{name}.{k}", t) for k, t in parts.items() if t is not None]

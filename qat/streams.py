@@ -147,6 +147,27 @@ class Writer:
             raise ValueError(f"{next(iter(self.places))} was announced and did not come")
 
 
+def ahead(make: Callable[[str], T], names: Iterable[str], threads: int = 2) -> Iterator[T]:
+    """make(name) of each, in order, by threads that work on the next ones while the caller uses one.
+
+    They share torch's threads, which wait for each other in every operation, so that two single ones do more than two
+    together. No more are made than there are threads, besides the one in use.
+    """
+    before = torch.get_num_threads()
+    each = max(1, before // threads)
+    waiting: deque[Future[T]] = deque()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+            for name in names:
+                waiting.append(pool.submit(make, name))
+                if len(waiting) == threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(before)
+
+
 class Behind:
     """A function that other threads call while its next arguments are made: writing and hashing let threads run.
 

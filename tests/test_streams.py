@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from qat.errors import UserError
 from qat.exporters import export
 from qat.frozen import Frozen
 from qat.scheme import Rule, Scheme
-from qat.streams import NAMES, Behind, Writer, info, stored
+from qat.streams import NAMES, ROOM, Behind, Writer, ahead, info, stored
 
 TENSORS = {
     **{f"é/{i}": torch.arange(5).to(torch.float32).to(dtype) for i, dtype in enumerate(NAMES)},
@@ -83,6 +84,47 @@ def test_calls_behind_are_all_made_and_their_errors_raised(threads: int) -> None
             made(count)
     with pytest.raises(ValueError, match="of the maker"):
         made(10, wrong=True)
+
+
+def test_what_is_made_ahead_comes_in_order_and_leaves_torchs_threads_as_they_were() -> None:
+    before, made = torch.get_num_threads(), []
+
+    def make(name: str) -> tuple[str, int]:
+        made.append(name)
+        if name == "7":
+            raise ValueError("of 7")
+        return name, torch.get_num_threads()
+
+    names = [str(i) for i in range(7)]
+    found = []
+    for name, threads in ahead(make, names, threads=2):
+        assert len(made) <= len(found) + 3  # the one in use and two
+        assert threads == max(1, before // 2)
+        found.append(name)
+    assert found == names
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="of 7"):
+        list(ahead(make, map(str, range(12))))
+    assert torch.get_num_threads() == before
+    assert list(ahead(make, [])) == []
+
+
+def test_calls_that_are_large_wait_and_small_ones_do_not() -> None:
+    go, started = threading.Event(), []
+
+    def use(name: str, tensor: torch.Tensor) -> None:
+        started.append(name)
+        assert go.wait(20)
+
+    large, small = torch.empty(ROOM + 1, dtype=torch.uint8), torch.empty(8)
+    with Behind(use) as behind:
+        for call in (("a", large), ("b", small), ("c", small)):
+            behind(*call)  # none of them waits for the first to end
+        assert started in ([], ["a"])
+        threading.Timer(0.2, go.set).start()
+        behind("d", large)
+        assert started[0] == "a"
+    assert started == ["a", "b", "c", "d"]
 
 
 def growth(work: Callable[[], object]) -> int:
