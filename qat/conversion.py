@@ -161,8 +161,8 @@ def convert(
 
     config defaults to the model's own `config.to_dict()` if it has one. path: write the folder there (`Frozen.save`)
     as codes are decided, and return what reads from it, so that the model is in memory once; without it the result
-    holds a copy of everything. Raises UserError naming the quantized tensor if one
-    is not finite, or if nothing is prepared.
+    holds a copy of everything. Raises UserError naming the tensor if a quantized
+    one is not finite or another holds NaN, or if nothing is prepared.
     """
     layers: dict[str, QuantLayer] = {}
     inputs: dict[str, FrozenInput] = {}
@@ -230,6 +230,9 @@ def _floats(model: nn.Module, owners: dict[int, str]) -> tuple[dict[str, Tensor]
             floats[name] = p.detach()
     persistent = model.state_dict()
     floats |= {n: b.detach() for n, b in model.named_buffers() if n in persistent and not n.startswith(skip)}
+    for name, t in floats.items():
+        if t.is_floating_point() and t.numel() and bool(t.amax().isnan()):  # which NaN spreads to, without a copy
+            raise UserError(f"{name} holds NaN: training has diverged; take an earlier checkpoint or a lower rate")
     return floats, ties
 
 

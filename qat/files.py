@@ -50,16 +50,25 @@ def _folder(path: Path, shared: bool) -> Generator[Path]:
         flush_files(temp)
         if shared:
             _rename_unless_there(temp, path)
-        elif path.exists():
-            path.rename(old)
-            temp.rename(path)
         else:
-            temp.rename(path)
+            _replace(temp, path, old)
     finally:
         if old.exists() and not path.exists():
             old.rename(path)  # interrupted between the two renames
         for left in (temp, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _replace(temp: Path, path: Path, old: Path) -> None:
+    try:
+        if path.exists():
+            path.rename(old)
+        temp.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        said = f"{path} was written by another process in the same moment, and this one's is lost; run it again"
+        raise UserError(said) from error
 
 
 def flush_files(folder: Path) -> None:

@@ -56,7 +56,11 @@ ALLOWED = {
     "qat.affine": ("qat.scheme", "qat.rounding"),
     "qat.fake_quantize": ("qat.affine", "qat.scheme", "qat.rounding"),
     "qat.streams": (),
-    "qat.frozen": ("qat.affine", "qat.scheme", "qat.files", "qat.streams", "qat.errors"),
+    "qat.meanwhile": ("qat.files",),
+    "qat.filed": ("qat.affine", "qat.packing", "qat.scheme"),
+    "qat.frozen": (
+        *("qat.affine", "qat.filed", "qat.scheme", "qat.files", "qat.meanwhile", "qat.streams", "qat.errors"),
+    ),
     "qat.observers": ("qat.affine", "qat.fake_quantize", "qat.scheme", "qat.errors"),
     "qat.quantizers.base": ("qat.affine", "qat.fake_quantize", "qat.scheme"),
     "qat.kernels": ("qat.affine", "qat.rounding", "qat.scheme", "qat.quantizers.base"),

@@ -163,3 +163,31 @@ def test_an_interrupt_while_a_folder_is_replaced_leaves_one_that_is_whole(
         (folder / "a").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     assert (tmp_path / "x" / "a").read_text() == ("old" if renames == 1 else "new")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_another_process_that_writes_the_folder_in_the_same_moment(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename = (tmp_path / "out").resolve(), Path.rename
+
+    def written(content: str) -> None:
+        path.mkdir()
+        (path / "file").write_text(content)
+
+    def late(self: Path, target: Path) -> Path:
+        if target == path and not path.exists():
+            written("theirs")  # between our looking and our renaming
+        return rename(self, target)
+
+    def write() -> None:
+        with atomic_folder(path) as folder:
+            (folder / "file").write_text("ours")
+
+    if there:
+        written("old")
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(UserError, match="by another process in the same moment"):
+        write()
+    assert (path / "file").read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

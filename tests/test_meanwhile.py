@@ -4,11 +4,20 @@ import hashlib
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_text_models import VOCAB, byte_level_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from qat import meanwhile
+from qat.conversion import convert, prepare
+from qat.exporters import export
+from qat.files import read_manifest
 from qat.meanwhile import PIECE, flushed_meanwhile, hashed_meanwhile
+from qat.scheme import QuantSpec, Rule, Scheme
 
 
 @pytest.mark.parametrize("follow", [flushed_meanwhile, hashed_meanwhile])
@@ -60,3 +69,30 @@ def test_the_thread_does_most_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with (tmp_path / "f").open("r+b") as f:  # what it has seen it does not read again
             f.write(b"x")
         assert hashed(tmp_path / "f") == found == made
+
+
+@pytest.mark.parametrize("target", ["awq", "gguf", "gptq", "gptq_v1", "hf", "mlx", "onnx", "torchao"])
+def test_the_files_of_targets_that_are_hashed_meanwhile_only_grow(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread looks at them without a pause, so that what is written over has been hashed before, and is wrong."""
+    repeated, update, sizes = meanwhile._repeated, meanwhile._updated, set[int]()
+
+    def noted(file: Path, *args: Any) -> str:
+        found = update(file, *args)
+        if file.suffix in (".safetensors", ".gguf", ".onnx"):
+            sizes.add(args[0][file].size)
+        return found
+
+    monkeypatch.setattr(meanwhile, "_repeated", lambda work, seconds: repeated(work, 0.0))
+    monkeypatch.setattr(meanwhile, "_updated", noted)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4
+    )
+    spec = QuantSpec(qtype="int4", block=(1, 32), scale="float16")
+    spec = replace(spec, range="signed_max", divide="exact_inverse", rounding="half_up") if target == "gguf" else spec
+    model = prepare(LlamaForCausalLM(config), [Rule(type="Linear", path=".*proj", scheme=Scheme(weight=spec))])
+    frozen = convert(model, tokenizer={"tokenizer.json": byte_level_tokenizer().to_str().encode()})
+    path = export(frozen, target, tmp_path / "out")
+    assert read_manifest(path)["target"] == target  # which raises for another SHA-256
+    assert len(sizes) > 2  # it was seen growing

@@ -173,3 +173,16 @@ def test_a_tensor_that_is_not_finite_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lm_head\.weight: the tensor holds NaN"):
         convert(model, path=tmp_path / "frozen")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nor_does_an_unquantized_one_that_holds_nan(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.LayerNorm(4)).to(dtype)
+    prepare(model, [Rule(type="Linear", scheme=Scheme(weight=INT4))])
+    with torch.no_grad():
+        model[1].bias[2] = torch.inf  # which some models have on purpose
+        convert(model, config={"architecture": "x"})
+        model[1].bias[3] = torch.nan
+    with pytest.raises(UserError, match=r"1\.bias holds NaN: training has diverged"):
+        convert(model, config={"architecture": "x"}, path=tmp_path / "frozen")
+    assert list(tmp_path.iterdir()) == []

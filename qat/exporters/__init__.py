@@ -6,10 +6,12 @@ one file with those four names, and a YAML in configs/target. `missing_runtime`,
 one), `KV_CACHES` and `GELUS` (of training's, what its runtime computes), `stored_dtype` (of unquantized parameters),
 `runtime` (another than RUNTIME for some of its files), `as_held` (a Frozen as the file can say it), `header`
 (config.json, metadata or graph, for `verify`), `compare_header` (how a file's differs from it, where it is no JSON),
-`caveats` (what its runtime computes otherwise than training), `readers` (who cannot load the file), and `UNREADABLE`
-(why its file cannot be read back) are for targets that have something to say there.
+`caveats` (what its runtime computes otherwise than training), `readers` (who cannot load the file), `UNREADABLE` (why
+its file cannot be read back), and `APPENDS` (its files are written from the first byte to the last, so that they may
+be hashed meanwhile) are for targets that have something to say there.
 """
 
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +19,7 @@ from typing import Any
 
 from qat.errors import UserError
 from qat.exporters.reading import read
-from qat.files import MANIFEST, atomic_folder, read_manifest, refuse_foreign, write_manifest
+from qat.files import MANIFEST, atomic_folder, read_manifest, refuse_foreign, sha256, write_manifest
 from qat.frozen import Frozen
 from qat.meanwhile import fewer_threads, flushed_meanwhile, hashed_meanwhile
 
@@ -103,7 +105,8 @@ def export(frozen: Frozen, target: str, path: Path, *, card: str = "") -> Path:
     path = Path(path)
     refuse_foreign(path)
     digests = as_held(module, frozen).digests()
-    with atomic_folder(path) as folder, flushed_meanwhile(folder), hashed_meanwhile(folder) as hashed:
+    follow = hashed_meanwhile if getattr(module, "APPENDS", False) else lambda _: nullcontext(sha256)
+    with atomic_folder(path) as folder, flushed_meanwhile(folder), follow(folder) as hashed:
         with fewer_threads():
             module.export(frozen, folder)
         if card:

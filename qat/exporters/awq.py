@@ -39,6 +39,7 @@ from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec
 
 RUNTIME = "transformers_folder"
+APPENDS = True
 METHOD = "awq"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word holds column ORDER[i]
 STRIP = 2**18  # words that are turned at a time

@@ -39,6 +39,7 @@ from qat.scheme import GELUS, KV_CACHES, QuantSpec, Scheme
 from qat.streams import Behind, Later
 
 RUNTIME = "llama_cpp"
+APPENDS = True
 __all__ = [
     "FILE",
     "GELUS",

@@ -39,6 +39,7 @@ from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec
 
 RUNTIME = "transformers_folder"
+APPENDS = True
 METHOD = "gptq"
 BITS = (2, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")

@@ -10,6 +10,7 @@ from qat.frozen import Frozen
 from qat.scheme import Scheme
 
 RUNTIME = gptq.RUNTIME
+APPENDS = gptq.APPENDS
 ZERO = "a zero point of 0 cannot be stored in version 1; use target gptq, or a symmetric grid"
 
 __all__ = [

@@ -32,6 +32,7 @@ from qat.runtimes.environments import missing_environment
 from qat.scheme import GELUS, KV_CACHES, QuantSpec, matrix
 
 RUNTIME = "transformers_folder"
+APPENDS = True
 # qat.packed computes the first two
 __all__ = ["GELUS", "KV_CACHES", "RUNTIME", "caveats", "export", "header", "read", "readers", "refuse", "runtime"]
 

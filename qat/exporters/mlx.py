@@ -37,6 +37,7 @@ from qat.runtimes.environments import missing_environment
 from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "mlx"
+APPENDS = True
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # whose names mlx-lm shares and whose logits were compared
 KINDS = ("Linear", "Conv1D", "Embedding")

@@ -22,6 +22,7 @@ from qat.frozen import Frozen
 from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "ort"
+APPENDS = True
 FILE = "model.onnx"
 
 

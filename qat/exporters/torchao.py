@@ -39,6 +39,7 @@ from qat.frozen import Frozen, FrozenInput, FrozenWeight
 from qat.scheme import QuantSpec, Scheme
 
 RUNTIME = "transformers_folder"
+APPENDS = True
 METHOD = "torchao"
 METADATA = "safetensors"  # key of `header`
 INTX, INT8 = "IntxUnpackedToInt8Tensor", "Int8Tensor"
