@@ -146,14 +146,16 @@ def figures(target: str, exporter: str, subject: Subject) -> list[str]:
 
 
 def perplexities(net: Any, subject: Subject, there: float) -> str:
-    """Where those of other evaluations of the simulation lie, and whether the runtime's is among them."""
-
-    def ask(model: nn.Module) -> Tensor:
-        return torch.tensor(evaluation.figures(evaluation.answer(model, subject.batch, 8))["perplexity"])
-
-    found = sorted(float(p) for several in others(net, ask).values() for p in several)
-    among = "the runtime among them" if found[0] <= there <= found[-1] else "not the runtime"
-    return f"{len(found)} other evaluations of the simulation give {found[0]:.4f} to {found[-1]:.4f}, {among}"
+    """Where those of DRAWS evaluations with last bits moved lie, and how many are as far from their median as the
+    runtime's."""
+    found: list[float] = []
+    for seed in range(SEEDS, SEEDS + DRAWS):
+        with moved(net, seed):
+            found.append(evaluation.figures(evaluation.answer(net, subject.batch, 8))["perplexity"])
+    middle = sorted(found)[DRAWS // 2]
+    far = sum(abs(p - middle) >= abs(there - middle) for p in found)
+    said = f"{DRAWS} evaluations with last bits moved give {min(found):.4f} to {max(found):.4f}"
+    return f"{said}; {far or 'none'} as far from their median, {middle:.4f}, as the runtime"
 
 
 def greedy(got: Tensor, want: list[int], net: Any, prefixes: list[list[int]]) -> tuple[str, bool, str]:
