@@ -1,6 +1,7 @@
 """prepare: a float model becomes one that trains with fake-quantized layers. convert: its codes are decided, once."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,8 @@ def convert(
         return Frozen(weights, {n: t.cpu().clone() for n, t in floats.items()}, *rest)
     shapes = {n: _blank(layer) for n, layer in layers.items()}
     announced = Frozen(shapes, {n: t.to("meta") for n, t in floats.items()}, *rest)
-    made = ahead(lambda name: _decided(name, layers[name]).tensors(name), layers)
-    return write_frozen(path, announced, chain(Frozen({}, floats, *rest).tensors(), chain.from_iterable(made)))
+    with closing(ahead(lambda name: _decided(name, layers[name]).tensors(name), layers)) as made:
+        return write_frozen(path, announced, chain(Frozen({}, floats, *rest).tensors(), chain.from_iterable(made)))
 
 
 def _decided(name: str, layer: QuantLayer) -> FrozenWeight:
@@ -231,7 +232,8 @@ def _floats(model: nn.Module, owners: dict[int, str]) -> tuple[dict[str, Tensor]
     persistent = model.state_dict()
     floats |= {n: b.detach() for n, b in model.named_buffers() if n in persistent and not n.startswith(skip)}
     for name, t in floats.items():
-        if t.is_floating_point() and t.numel() and bool(t.amax().isnan()):  # which NaN spreads to, without a copy
+        wide = t.is_floating_point() and t.numel() and t.itemsize > 1  # torch compares no float8
+        if wide and bool(t.amax().isnan()):  # which NaN spreads to, without a copy
             raise UserError(f"{name} holds NaN: training has diverged; take an earlier checkpoint or a lower rate")
     return floats, ties
 

@@ -13,9 +13,14 @@ from qat.scheme import QuantSpec
 WIDTHS = (2, 4, 8)  # that are packed fast: int3 takes 4 bits, int5 and int6 take 8
 
 
+def part(spec: QuantSpec) -> str:
+    """How the file calls the codes of a weight: "words" where they are packed, "codes" where each takes a byte."""
+    return "codes" if _width(spec) == 8 else "words"
+
+
 def packed(q: QTensor) -> Tensor:
     """What the file has of codes (R, C): int32 words (R, ceil(C * width / 32)) of the codes less qmin, as packing.py
-    has them. The codes themselves where a code takes a byte, or where one is outside of its grid (of a damaged file,
+    has them. The codes themselves where a code takes a byte, or where one does not fit its width (of a damaged file,
     which must not look like another)."""
     if (held := _words(q)) is not None:
         return held

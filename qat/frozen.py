@@ -1,7 +1,7 @@
 """Frozen: the codes, scales and floats that were decided once, and all that an exporter or `verify` may read.
 
-On disk: `tensors.safetensors` (`NAME.codes`, packed as filed.py does, `NAME.scale`, `NAME.offset`; floats under their
-own name), `frozen.json`
+On disk: `tensors.safetensors` (`NAME.words`, codes that filed.py packs, or `NAME.codes`; `NAME.scale`, `NAME.offset`;
+floats under their own name), `frozen.json`
 (specs, kinds, shapes, inputs, ties, model config), `tokenizer/`, and `manifest.json` (a digest of every tensor, and
 SHA-256 of every other file).
 """
@@ -18,14 +18,13 @@ from torch import Tensor
 
 from qat.affine import QTensor, dequantize
 from qat.errors import UserError, VerifyError, understood
-from qat.filed import filed, packed
+from qat.filed import filed, packed, part
 from qat.files import TENSORS, atomic_folder, read_manifest, write_manifest
 from qat.meanwhile import flushed_meanwhile
 from qat.scheme import QuantSpec, Scheme, bits_per_weight, check_block, matrix, stored_dtype
 from qat.streams import Behind, Later, Writer, info, raw, stored
 
-_PARTS = ("codes", "scale", "offset")
-CODES = "packed"
+_PARTS = ("words", "codes", "scale", "offset")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class FrozenWeight:
 
     def tensors(self, name: str) -> list[tuple[str, Tensor]]:
         """`Frozen.tensors` of this weight."""
-        return _flat(name, {"codes": packed(self.tensor), "scale": self.tensor.scale, "offset": self.tensor.offset})
+        q = self.tensor
+        return _flat(name, {part(q.spec): packed(q), "scale": q.scale, "offset": q.offset})
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Frozen:
         return out
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor as the file has it, one at a time: floats, `NAME.codes|scale|offset`, and
+        """Every tensor as the file has it, one at a time: floats, `NAME.words|codes|scale|offset`, and
         `MODULE.input.scale|offset`."""
         yield from self.floats.items()
         for name, w in self.weights.items():
@@ -105,13 +105,20 @@ class Frozen:
         floats = {n: t.to("meta") for n, t in self.floats.items()}
         return replace(self, weights=Later(self.weights, weight), floats=floats)
 
-    def digests(self) -> dict[str, str]:
+    def digests(self, like: Iterable[str] = ()) -> dict[str, str]:
         """SHA-256 of every tensor's dtype, shape and bytes, as the file has it; those that are known are not computed
-        again."""
+        again. like: the names in a manifest. An earlier version's has `codes` of a byte for `words`; so then do these.
+        """
         known, weights, floats = self._checked
         still = set(self.floats) if floats is self.floats else set[str]()
-        still |= {f"{n}.{part}" for n in self.weights for part in _PARTS} if weights is self.weights else set()
-        return {name: known[name] if name in still else digest(t) for name, t in self.tensors()}
+        still |= {f"{n}.{p}" for n in self.weights for p in _PARTS} if weights is self.weights else set()
+        still &= known.keys()
+        out = {name: known[name] if name in still else digest(t) for name, t in self.tensors()}
+        for name in like:
+            weight, _, last = name.rpartition(".")
+            if last == "codes" and out.pop(f"{weight}.words", None):
+                out[name] = known[name] if name in still else digest(self.weights[weight].tensor.codes)
+        return out
 
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The float model's parameters, quantized ones dequantized; aliases included."""
@@ -144,6 +151,7 @@ class Frozen:
             if manifest["tensors"].get(name) != found[name]:
                 raise VerifyError(f"{path / TENSORS}: {name} is not the tensor in the manifest")
         with understood(path):
+            _refuse_others(path)
             return _opened(path, found)
 
 
@@ -156,26 +164,46 @@ def _opened(path: Path, digests: Mapping[str, str]) -> Frozen:
     def weight(name: str) -> FrozenWeight:
         entry = meta["weights"][name]
         kind, shape = entry["kind"], tuple(entry["shape"])
-        codes, scale, offset = (tensors.get(f"{name}.{part}") for part in _PARTS)
-        if codes is None or scale is None:
-            raise KeyError(f"{name}.{'scale' if scale is None else 'codes'}")
-        q = filed(codes, scale, offset, specs[name], matrix(kind, shape))
-        return FrozenWeight(q, kind, shape)
+        codes = tensors[f"{name}.{'codes' if f'{name}.codes' in tensors else 'words'}"]
+        scale, offset = tensors[f"{name}.scale"], tensors.get(f"{name}.offset")
+        return FrozenWeight(filed(codes, scale, offset, specs[name], matrix(kind, shape)), kind, shape)
 
-    def part(name: str) -> Tensor | None:
+    def held(name: str) -> Tensor | None:
         return tensors[name].clone() if name in tensors else None  # mapped, each would keep the file open
 
     inputs = {
-        n: FrozenInput(QuantSpec.from_dict(m["spec"]), m["static"], part(f"{n}.input.scale"), part(f"{n}.input.offset"))
+        n: FrozenInput(QuantSpec.from_dict(m["spec"]), m["static"], held(f"{n}.input.scale"), held(f"{n}.input.offset"))
         for n, m in meta["inputs"].items()
     }
     folder = path / "tokenizer"
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     tokenizer = {f.name: f.read_bytes() for f in files}
     weights, floats = Later(specs, weight), Later(meta["floats"], tensors.__getitem__)
-    frozen = Frozen(weights, floats, inputs, meta["ties"], meta["config"], tokenizer)
-    packed_so = meta.get("codes") == CODES  # else an earlier version's, whose digests are of a byte a code
-    return replace(frozen, _checked=(digests, weights, floats)) if packed_so else frozen
+    checked = digests, weights, floats
+    return Frozen(weights, floats, inputs, meta["ties"], meta["config"], tokenizer, checked)
+
+
+def _refuse_others(path: Path) -> None:
+    """Raise VerifyError unless the file has the tensors that frozen.json says, in these shapes."""
+    meta = json.loads((path / "frozen.json").read_text())
+    there = {n: tuple(t.shape) for n, t in stored(path / TENSORS).items()}
+    want: dict[str, tuple[int, ...] | None] = dict.fromkeys(meta["floats"])
+    for name, entry in meta["weights"].items():
+        kind, shape = entry["kind"], tuple(entry["shape"])
+        like = blank(matrix(kind, shape), QuantSpec.from_dict(entry["spec"]))
+        parts = {n: tuple(t.shape) for n, t in FrozenWeight(like, kind, shape).tensors(name)}
+        if f"{name}.codes" in there:  # in the place of words: an earlier version's
+            parts.pop(f"{name}.words", None)
+            parts[f"{name}.codes"] = tuple(like.shape)
+        want |= parts
+    for name, entry in meta["inputs"].items():
+        taken = (f"{name}.input.scale", f"{name}.input.offset")
+        want |= {n: None for n in taken if n in there or (entry["static"] and n == taken[0])}
+    for name in [*want, *there]:
+        if name not in there or name not in want:
+            raise VerifyError(f"{path / TENSORS}: {name} is not in {'the file' if name in want else 'frozen.json'}")
+        if want[name] not in (None, there[name]):
+            raise VerifyError(f"{path / TENSORS}: {name} has shape {there[name]}, and by frozen.json {want[name]}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -213,7 +241,6 @@ def write_frozen(path: Path, blank: Frozen, tensors: Iterable[tuple[str, Tensor]
     """Write the folder of `blank` (`Frozen.blank`) atomically from its tensors, which come one at a time; returns what
     reads from it."""
     meta = {
-        "codes": CODES,
         "weights": {
             n: {"spec": w.tensor.spec.to_dict(), "kind": w.kind, "shape": list(w.shape)}
             for n, w in blank.weights.items()

@@ -20,7 +20,7 @@ def flushed_meanwhile(folder: Path) -> Generator[None]:
 
     For folders of few large files: all of them are looked at four times a second.
     """
-    with _repeated(lambda: flush_files(folder), 0.25):
+    with _repeated(lambda _: flush_files(folder), 0.25):
         yield
 
 
@@ -28,20 +28,20 @@ def flushed_meanwhile(folder: Path) -> Generator[None]:
 def hashed_meanwhile(folder: Path) -> Generator[Callable[[Path], str]]:
     """Yields what gives the SHA-256 of a file of `folder` whose writer has closed it, most of it taken before.
 
-    Every file must be written from its first byte to its last: what has been hashed is not looked at again. A file that
-    another replaced, or that became shorter, is hashed anew.
+    Every file of more than PIECE bytes must be written once, from the first byte to the last: what has been hashed is
+    not looked at again, unless another file took its place, or it became shorter.
     """
     known: dict[Path, _Hash] = {}
     lock, buffer = threading.Lock(), memoryview(bytearray(PIECE))
 
-    def hashed(file: Path) -> str:
+    def hashed(file: Path, stopped: Callable[[], bool] = lambda: False) -> str:
         with lock:
-            return _updated(file, known, buffer)
+            return _updated(file, known, buffer, stopped)
 
-    def follow() -> None:
+    def follow(stopped: Callable[[], bool]) -> None:
         for file in folder.rglob("*"):
-            if file.is_file():
-                hashed(file)
+            if file.is_file() and file.stat().st_size > PIECE:
+                hashed(file, stopped)
 
     with _repeated(follow, 0.1):
         yield hashed
@@ -65,7 +65,7 @@ class _Hash:
         self.number, self.size, self.made = number, 0, hashlib.sha256()
 
 
-def _updated(file: Path, known: dict[Path, _Hash], buffer: memoryview) -> str:
+def _updated(file: Path, known: dict[Path, _Hash], buffer: memoryview, stopped: Callable[[], bool]) -> str:
     """buffer: one for all files, since memory that comes and goes makes the threads wait for each other."""
     with file.open("rb", buffering=0) as f:
         found = os.fstat(f.fileno())
@@ -73,21 +73,22 @@ def _updated(file: Path, known: dict[Path, _Hash], buffer: memoryview) -> str:
         if so_far is None or so_far.number != found.st_ino or found.st_size < so_far.size:
             so_far = known[file] = _Hash(found.st_ino)
         f.seek(so_far.size)
-        while length := f.readinto(buffer):
+        while not stopped() and (length := f.readinto(buffer)):
             so_far.made.update(buffer[:length])
             so_far.size += length
     return so_far.made.hexdigest()
 
 
 @contextmanager
-def _repeated(work: Callable[[], object], seconds: float) -> Generator[None]:
-    """A thread does `work` again and again, so many seconds after the last time, until the block ends."""
+def _repeated(work: Callable[[Callable[[], bool]], object], seconds: float) -> Generator[None]:
+    """A thread does `work` again and again, so many seconds after the last time, until the block ends. work is given
+    what says that it has ended."""
     done = threading.Event()
 
     def loop() -> None:
         while not done.wait(seconds):
             with suppress(OSError):  # a file that was renamed; what the disk refuses, the last flush says
-                work()
+                work(done.is_set)
 
     thread = threading.Thread(target=loop, daemon=True)
     try:

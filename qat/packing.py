@@ -69,6 +69,8 @@ def _gather(codes: Tensor, bits: int, low: int) -> Tensor:
     """uint8 (N) codes, less `low` -> bytes (N * bits / 8) of whole codes, low bits first. One integer holds the codes
     of a byte, a byte each: every second moves down to its neighbour, then pairs do, into the lowest byte."""
     per = 8 // bits
+    if per == 1 and not low:
+        return codes if codes.storage_offset() % 4 == 0 else codes.clone()  # a view of words begins at a whole one
     out = torch.empty(len(codes) // per, dtype=torch.uint8, device=codes.device)
     strips = _strips(len(out), codes.device)
     apart = torch.empty(strips[0].stop * per if strips else 0, dtype=torch.uint8, device=codes.device)

@@ -7,7 +7,7 @@ The library writes from a dict of every tensor. `Writer` makes the same bytes (h
 import json
 import mmap
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -38,7 +38,7 @@ NAMES = {  # in the order of the library, which stores the widest first and equa
     torch.bool: "BOOL",
 }
 SMALL = 2**16  # bytes of a tensor that is read, not mapped
-ROOM = 2**24  # bytes that may wait for a thread
+ROOM, CALLS = 2**24, 32  # bytes and calls that may wait for a thread: a mapped tensor is an open file
 _ORDER = {dtype: rank for rank, dtype in enumerate(NAMES)}
 _DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
@@ -147,11 +147,11 @@ class Writer:
             raise ValueError(f"{next(iter(self.places))} was announced and did not come")
 
 
-def ahead(make: Callable[[str], T], names: Iterable[str], threads: int = 2) -> Iterator[T]:
-    """make(name) of each, in order, by threads that work on the next ones while the caller uses one.
+def ahead(make: Callable[[str], T], names: Iterable[str], threads: int = 2) -> Generator[T]:
+    """make(name) of each, in order, by threads that go on while the caller uses one. Close it if it is not used up.
 
     They share torch's threads, which wait for each other in every operation, so that two single ones do more than two
-    together. No more are made than there are threads, besides the one in use.
+    together. As many are being made, waiting or in use as there are threads.
     """
     before = torch.get_num_threads()
     each = max(1, before // threads)
@@ -171,29 +171,40 @@ def ahead(make: Callable[[str], T], names: Iterable[str], threads: int = 2) -> I
 class Behind:
     """A function that other threads call while its next arguments are made: writing and hashing let threads run.
 
-    Of one thread, the calls keep their order. A call waits while those before hold more than ROOM bytes of tensors
-    besides the largest, one a thread: a weight is in use, its scales wait, and the next weight is being made. The first
-    error is raised by a later call or at the end.
+    Of one thread, the calls keep their order. A call waits until it and those before it hold no more than ROOM bytes of
+    tensors, besides the largest, one a thread: a weight is in use, its scales wait, and the next weight is being made.
+    The first error is raised by a later call or at the end, and what waits is then left out.
     """
 
     def __init__(self, use: Callable[..., object], threads: int = 1) -> None:
-        self.use, self.threads = use, threads
+        self.use, self.threads, self.failed = use, threads, False
         self.pool = ThreadPoolExecutor(threads)
-        self.waiting: deque[tuple[Future[object], int]] = deque()
+        self.waiting: deque[tuple[Future[None], int]] = deque()
 
     def __call__(self, *given: Any) -> None:
         size = sum(getattr(x, "nbytes", 0) for x in given)
-        while self.waiting and (self.waiting[0][0].done() or self._beside(size) > ROOM):
+        while self.waiting and (self.waiting[0][0].done() or self._full(size)):
             self.waiting.popleft()[0].result()
-        self.waiting.append((self.pool.submit(self.use, *given), size))
+        self.waiting.append((self.pool.submit(self._call, given), size))
 
-    def _beside(self, size: int) -> int:
-        return sum(sorted([size, *(held for _, held in self.waiting)])[: -self.threads])
+    def _call(self, given: tuple[Any, ...]) -> None:
+        if self.failed:
+            return
+        try:
+            self.use(*given)
+        except BaseException:
+            self.failed = True
+            raise
+
+    def _full(self, size: int) -> bool:
+        sizes = sorted([size, *(held for _, held in self.waiting)])
+        return len(sizes) > CALLS or sum(sizes[: -self.threads]) > ROOM
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.failed |= error is not None
         self.pool.shutdown()
         while self.waiting and error is None:
             self.waiting.popleft()[0].result()

@@ -191,7 +191,7 @@ def _against_manifest(written: Frozen, manifest: dict[str, Any] | None, verdict:
     if manifest is None:
         verdict.unchecked.append("codes, scales and weights: there is nothing to compare with; give --against")
         return
-    have = written.digests()
+    have = written.digests(like=manifest["tensors"])
     wrong = [n for n in sorted(manifest["tensors"]) if n in have and have[n] != manifest["tensors"][n]]
     missing = [n for n in sorted(manifest["tensors"]) if n not in have]
     verdict.differences += [f"{n}: not the tensor whose digest is in the manifest" for n in wrong]

@@ -2,22 +2,25 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file, save_file
 from tiny_text_models import VOCAB, byte_level_tokenizer
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat.affine import QTensor, choose_qparams, quantize
 from qat.conversion import convert, prepare
-from qat.exporters import export
+from qat.errors import VerifyError
+from qat.exporters import export, made_of_others
 from qat.filed import filed, packed, words
-from qat.files import sha256
-from qat.frozen import CODES, Frozen, digest
+from qat.frozen import Frozen, digest
 from qat.scheme import QuantSpec, Rule, Scheme
 from qat.verification import verify
 
@@ -87,34 +90,78 @@ def test_a_code_outside_of_its_grid_is_kept_as_it_is(qtype: str, code: int) -> N
     assert digest(packed(damaged)) != digest(packed(q))
 
 
-def test_a_folder_of_a_byte_a_code_is_still_read(tmp_path: Path) -> None:
-    """As earlier versions wrote it; its digests, of other bytes, are not those of an export."""
+def model(path: Path) -> Frozen:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    model = prepare(LlamaForCausalLM(config), [Rule(path="lm_head", scheme=Scheme(weight=tensor("int4").spec))])
-    tokenizer = {"tokenizer.json": byte_level_tokenizer().to_str().encode()}
-    frozen = convert(model, tokenizer=tokenizer, path=tmp_path / "new")
+    net = prepare(LlamaForCausalLM(config), [Rule(path="lm_head", scheme=Scheme(weight=tensor("int4").spec))])
+    return convert(net, tokenizer={"tokenizer.json": byte_level_tokenizer().to_str().encode()}, path=path)
+
+
+def rewritten(folder: Path, tensors: dict[str, Tensor], digests: dict[str, str]) -> None:
+    """As a writer that believes in these tensors would leave the folder."""
+    save_file(tensors, folder / "tensors.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tensors"] = digests
+    manifest["files"]["tensors.safetensors"]["bytes"] = (folder / "tensors.safetensors").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_earlier_versions_wrote_is_read_and_verified(tmp_path: Path) -> None:
+    """A byte a code in frozen/, and digests of that in its manifest and in its exports'."""
+    frozen = model(tmp_path / "new")
+    for name in ("new", "old"):
+        export(frozen, "hf", tmp_path / f"{name}_hf")
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     tensors = load_file(tmp_path / "old" / "tensors.safetensors")
+    del tensors["lm_head.weight.words"]
     tensors["lm_head.weight.codes"] = frozen.weights["lm_head.weight"].tensor.codes
-    save_file(tensors, tmp_path / "old" / "tensors.safetensors")
-    meta = json.loads((tmp_path / "old" / "frozen.json").read_text())
-    assert meta.pop("codes") == CODES
-    (tmp_path / "old" / "frozen.json").write_text(json.dumps(meta))
-    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
-    manifest["tensors"]["lm_head.weight.codes"] = digest(tensors["lm_head.weight.codes"])
-    for name, entry in manifest["files"].items():
-        file = tmp_path / "old" / name
-        entry["bytes"] = file.stat().st_size
-        if "sha256" in entry:
-            entry["sha256"] = sha256(file)
-    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    digests = {n: digest(t) for n, t in tensors.items()}
+    rewritten(tmp_path / "old", tensors, digests)
+    manifest = json.loads((tmp_path / "old_hf" / "manifest.json").read_text())
+    (tmp_path / "old_hf" / "manifest.json").write_text(json.dumps({**manifest, "tensors": digests}))
     old = Frozen.load(tmp_path / "old")
     assert old.digests() == frozen.digests()
+    assert old.digests(like=digests) == frozen.digests(like=digests) == digests
     assert torch.equal(old.weights["lm_head.weight"].tensor.codes, frozen.weights["lm_head.weight"].tensor.codes)
-    for source in (old, frozen):
-        path = export(source, "hf", tmp_path / "hf")
-        assert not verify(path, against=tmp_path / "old", runtime=False).differences
-        assert not verify(path, against=tmp_path / "new", runtime=False).differences
+    assert made_of_others({"tensors": digests}, frozen) == []
+    for path in (tmp_path / n for n in ("old", "old_hf", "new", "new_hf")):
+        alone = verify(path, runtime=False)
+        assert alone.differences == []
+        assert alone.figures["codes_equal"]
+        assert not any("tensors" in said for said in alone.unchecked)
+        for other in ("old", "new"):
+            assert verify(path, against=tmp_path / other, runtime=False).differences == []
+    wrong = {**digests, "lm_head.weight.codes": digest(torch.zeros(3))}
+    (tmp_path / "old_hf" / "manifest.json").write_text(json.dumps({**manifest, "tensors": wrong}))
+    assert "lm_head.weight.codes" in verify(tmp_path / "old_hf", runtime=False).differences[0]
+    assert len(made_of_others({"tensors": wrong}, frozen)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("lm_head.weight.words", None, "words is not in the file"),
+        ("lm_head.weight.scale", None, "scale is not in the file"),
+        ("model.norm.weight", None, "model.norm.weight is not in the file"),
+        ("more", lambda _: torch.zeros(3), "more is not in frozen.json"),
+        ("lm_head.weight.offset", lambda _: torch.zeros(3), "offset is not in frozen.json"),
+        ("lm_head.weight.words", lambda t: t[:, 1:].contiguous(), "words has shape"),
+        ("lm_head.weight.words", lambda t: t[1:].contiguous(), "words has shape"),
+        ("lm_head.weight.scale", lambda t: t[1:].contiguous(), "scale has shape"),
+    ],
+)
+def test_tensors_that_frozen_json_does_not_say(
+    name: str, change: Callable[[Any], Tensor] | None, said: str, tmp_path: Path
+) -> None:
+    """Digests that match do not make them those of the model."""
+    model(tmp_path / "f")
+    tensors = load_file(tmp_path / "f" / "tensors.safetensors")
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors.get(name))
+    rewritten(tmp_path / "f", tensors, {n: digest(t) for n, t in tensors.items()})
+    with pytest.raises(VerifyError, match=said):
+        Frozen.load(tmp_path / "f")

@@ -116,7 +116,7 @@ def test_no_byte_of_the_tensors_may_change(tmp_path: Path) -> None:
     file = tmp_path / "frozen" / "tensors.safetensors"
     whole = file.read_bytes()
     names = {n.rpartition(".")[2] for n in Frozen.load(tmp_path / "frozen").digests()}
-    assert names == {"bias", "codes", "scale", "offset"}
+    assert names == {"bias", "words", "scale", "offset"}
     padding = 8 + int.from_bytes(whole[:8], "little")
     padding = range(len(whole[:padding].rstrip(b" ")), padding)  # the header's, which says nothing
     for at in range(len(whole)):

@@ -18,6 +18,7 @@ from qat.exporters import export
 from qat.files import read_manifest
 from qat.meanwhile import PIECE, flushed_meanwhile, hashed_meanwhile
 from qat.scheme import QuantSpec, Rule, Scheme
+from qat.streams import Behind
 
 
 @pytest.mark.parametrize("follow", [flushed_meanwhile, hashed_meanwhile])
@@ -46,15 +47,17 @@ def test_files_that_grow_are_replaced_cut_or_come_late(tmp_path: Path) -> None:
                 time.sleep(0.15)  # the thread looks every tenth of a second
         for name in ("replaced", "cut"):
             (tmp_path / name).write_bytes(pieces[3])
+        (tmp_path / "small").write_bytes(b"before")  # which is not looked at until it is asked for
         time.sleep(0.3)
         assert hashed(tmp_path / "replaced") == hashlib.sha256(pieces[3]).hexdigest()
         (tmp_path / "other").write_bytes(pieces[3] + b"another")
         (tmp_path / "other").replace(tmp_path / "replaced")
         (tmp_path / "cut").write_bytes(b"short")
+        (tmp_path / "small").write_bytes(b"after, and longer")
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "late").write_bytes(pieces[2])
         files = [f for f in tmp_path.rglob("*") if f.is_file()]
-        assert len(files) == 4
+        assert len(files) == 5
         for file in files:
             assert hashed(file) == hashlib.sha256(file.read_bytes()).hexdigest()
     with pytest.raises(FileNotFoundError), hashed_meanwhile(tmp_path) as hashed:
@@ -84,8 +87,10 @@ def test_the_files_of_targets_that_are_hashed_meanwhile_only_grow(
             sizes.add(args[0][file].size)
         return found
 
-    monkeypatch.setattr(meanwhile, "_repeated", lambda work, seconds: repeated(work, 0.0))
+    monkeypatch.setattr(meanwhile, "_repeated", lambda work, _: repeated(work, 0.0))
     monkeypatch.setattr(meanwhile, "_updated", noted)
+    call = Behind._call
+    monkeypatch.setattr(Behind, "_call", lambda self, given: (call(self, given), time.sleep(0.03)))
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4
     )

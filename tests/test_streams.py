@@ -18,7 +18,7 @@ from qat.errors import UserError
 from qat.exporters import export
 from qat.frozen import Frozen
 from qat.scheme import Rule, Scheme
-from qat.streams import NAMES, ROOM, Behind, Writer, ahead, info, stored
+from qat.streams import CALLS, NAMES, ROOM, Behind, Writer, ahead, info, stored
 
 TENSORS = {
     **{f"é/{i}": torch.arange(5).to(torch.float32).to(dtype) for i, dtype in enumerate(NAMES)},
@@ -125,6 +125,40 @@ def test_calls_that_are_large_wait_and_small_ones_do_not() -> None:
         behind("d", large)
         assert started[0] == "a"
     assert started == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_after_an_error_or_an_interrupt_nothing_more_is_called(interrupted: bool) -> None:
+    go, called = threading.Event(), []
+
+    def use(i: int) -> None:
+        assert go.wait(20)
+        called.append(i)
+        if not interrupted:
+            raise OSError("disk full")
+
+    def made() -> None:
+        with Behind(use) as behind:
+            for i in range(20):
+                behind(i)
+            if interrupted:
+                threading.Timer(0.2, go.set).start()
+                raise KeyboardInterrupt
+            go.set()
+
+    with pytest.raises(KeyboardInterrupt if interrupted else OSError):
+        made()
+    assert called == [0]
+
+
+def test_no_more_calls_wait_than_files_may_be_open() -> None:
+    go, most = threading.Event(), []
+    threading.Timer(0.3, go.set).start()
+    with Behind(lambda _: go.wait(20)) as behind:
+        for i in range(3 * CALLS):
+            behind(i)
+            most.append(len(behind.waiting))
+    assert max(most) == CALLS
 
 
 def growth(work: Callable[[], object]) -> int:

@@ -127,7 +127,7 @@ def made_of_others(manifest: dict[str, Any] | None, frozen: Frozen) -> list[str]
     said = manifest["tensors"]
     return [
         f"{n}: the file was made of another tensor, by its manifest"
-        for n, d in frozen.digests().items()
+        for n, d in frozen.digests(like=said).items()
         if said.get(n) != d
     ]
 
