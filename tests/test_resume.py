@@ -125,7 +125,7 @@ def test_a_quantized_run_killed_in_each_arm_ends_with_the_same_codes_and_figures
     def figures(run: Path) -> dict[str, Any]:
         return {k: v for k, v in json.loads((run / "report.json").read_text()).items() if k != "timing"}
 
-    assert sum(name.endswith(".codes") for name in frozen(whole)) >= 4
+    assert sum(name.endswith((".codes", ".words")) for name in frozen(whole)) >= 4
     assert frozen(killed) == frozen(whole)
     assert {"control", "ptq", "qat"} <= figures(whole)["stages"].keys()
     assert figures(killed) == figures(whole)

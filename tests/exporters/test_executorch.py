@@ -87,7 +87,7 @@ def test_what_verify_says_of_a_file_that_it_cannot_read(tmp_path: Path) -> None:
     frozen.weights[first].tensor.codes[0, 0] ^= 1
     frozen.save(tmp_path / "other")
     said = verify(tmp_path / "out", against=tmp_path / "other", runtime=False).differences
-    assert said == [f"{first}.codes: the file was made of another tensor, by its manifest"]
+    assert said == [f"{first}.words: the file was made of another tensor, by its manifest"]
     with pytest.raises(UserError, match="cannot be read back"):
         executorch.read(tmp_path / "out")
 
